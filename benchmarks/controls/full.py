@@ -1,0 +1,117 @@
+"""The transformer of the other members, attending to everything so far: the upper control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from memory_models.module import MemoryModule
+from memory_models.ring import append, numbers
+from memory_models.state import Memory, memory_state
+from memory_models.transformer import OpenSegment, Past, SegmentAttention, TransformerConfig, Trunk, rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig(TransformerConfig):
+    """Options of the `full` control."""
+
+    context: int = 1024
+    """Tokens before the segment that stay visible."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.context < 0:
+            raise ValueError(f"context ({self.context}) must not be negative")
+
+
+@memory_state
+class FullMemory(Memory):
+    """Keys and values of the last `context` tokens, without positions, and the open segment.
+
+    Attributes:
+        segment: the open segment.
+        keys: one `[batch, context, heads, dim_head]` a layer, a ring (see `memory_models.ring`).
+        values: likewise.
+        total: int64 `[batch]`, tokens written since the last reset.
+    """
+
+    segment: OpenSegment
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    total: Tensor
+
+    @property
+    def open_length(self) -> Tensor:
+        """int64 `[batch]`, tokens of the open segment."""
+        return self.segment.filled
+
+
+class Full(MemoryModule[FullMemory]):
+    """Causal attention over the last `context` tokens and the segment, with gradient throughout."""
+
+    config_class: ClassVar[type] = FullConfig
+    differentiable_memory = True
+
+    def __init__(self, config: FullConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dim, self.segment_length = config.dim, config.segment_length
+        self.trunk = Trunk(config)
+
+    def init_memory(self, batch_size: int) -> FullMemory:
+        """Nothing seen yet."""
+        segment = self.trunk.open_segment(batch_size)
+        shape = (batch_size, self.config.context, self.config.heads, self.config.head_width)
+        empty = tuple(cache.keys.new_zeros(shape) for cache in segment.layers)
+        return FullMemory(
+            segment=segment, keys=empty, values=tuple(map(torch.clone, empty)), total=segment.filled.clone()
+        )
+
+    def read(self, x: Tensor, memory: FullMemory, lengths: Tensor | None) -> tuple[Tensor, FullMemory]:
+        """Attend to the past and the segment so far."""
+        x, last, place = self.trunk.enter(x, memory.segment, lengths)
+        entry = numbers(memory.total, self.config.context)
+        # Distance to the segment's first token, so that angles stay small however long the stream.
+        distance = (entry - memory.total[:, None]).clamp(min=-self.config.context)
+        caches = []
+        for layer, (attention, feedforward) in enumerate(
+            zip(self.trunk.attentions, self.trunk.feedforwards, strict=True)
+        ):
+            keys = memory.keys[layer]
+            past = Past(
+                keys=keys if _matching(attention) else rotate(keys, distance),
+                values=memory.values[layer],
+                held=entry >= 0,
+            )
+            attended, cache = attention(x, memory.segment.layers[layer], place, past=past)
+            x = x + attended
+            x = x + feedforward(x)
+            caches.append(cache)
+        segment = OpenSegment(filled=place.after, last=last, layers=tuple(caches))
+        written = FullMemory(segment=segment, keys=memory.keys, values=memory.values, total=memory.total)
+        return self.trunk.norm(x), written
+
+    def write(self, memory: FullMemory) -> FullMemory:
+        """Append the segment's keys and values."""
+        filled = memory.segment.filled
+        slots = torch.arange(self.segment_length, device=filled.device)[None]
+        keys, values = [], []
+        for layer, attention in enumerate(self.trunk.attentions):
+            cache = memory.segment.layers[layer]
+            plain = cache.keys if _matching(attention) else rotate(cache.keys, -slots)
+            keys.append(append(memory.keys[layer], memory.total, plain, filled))
+            values.append(append(memory.values[layer], memory.total, cache.values, filled))
+        return FullMemory(
+            segment=self.trunk.open_segment(memory.batch_size),
+            keys=tuple(keys),
+            values=tuple(values),
+            total=memory.total + filled,
+        )
+
+
+def _matching(attention: object) -> bool:
+    assert isinstance(attention, SegmentAttention)
+    return attention.matching

@@ -1,0 +1,229 @@
+"""Models and memories on disk: safetensors beside readable JSON, written atomically.
+
+A model is a folder with `config.json` and `model.safetensors`; a memory is one safetensors file. Nothing
+is pickled, so a file from a stranger cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from memory_models.lm import MemoryLM
+from memory_models.models import build, describe
+from memory_models.module import MemoryModule
+from memory_models.state import Memory
+
+FORMAT = "memory-models"
+FORMAT_VERSION = 1
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+M = TypeVar("M", bound=Memory)
+
+
+class CheckpointError(ValueError):
+    """A file that is damaged, foreign, of another version, or does not fit."""
+
+
+def save_model(model: MemoryModule[Any] | MemoryLM, folder: str | os.PathLike[str]) -> None:
+    """Write a registered model's options and weights.
+
+    Args:
+        model: made by `create` or `create_lm`.
+        folder: made if it is not there; files in it are replaced one by one, each atomically.
+
+    Raises:
+        ValueError: if the model was not made from the registry, so that it could not be built again.
+    """
+    folder = Path(folder)
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library_version": library_version(),
+        **describe(model),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _unshared(model)
+    replace_file(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": FORMAT}))
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load_model(
+    folder: str | os.PathLike[str], *, device: torch.device | str | None = None
+) -> MemoryModule[Any] | MemoryLM:
+    """Build the model that `save_model` wrote, in the dtype it was saved in.
+
+    Raises:
+        FileNotFoundError: if the folder or one of its two files is missing.
+        CheckpointError: if a file is damaged, of another version, or does not fit the model.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG_FILE)
+    try:
+        model = build(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} does not describe a model: {error}") from error
+    tensors, _ = _read_tensors(folder / WEIGHTS_FILE, device)
+    expected = dict(_unshared(model))
+    _check_tensors(folder / WEIGHTS_FILE, expected, tensors)
+    # A model has one dtype; its first floating tensor tells which.
+    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
+    model.to(device=device, dtype=dtype)
+    model.load_state_dict(tensors, strict=False)
+    return model
+
+
+def save_memory(memory: Memory, path: str | os.PathLike[str]) -> None:
+    """Write a memory to one file, atomically: a kill at any moment leaves the old file or the new one."""
+    tensors = {name: leaf.detach().contiguous().clone() for name, leaf in memory.tensors().items()}
+    about = {
+        "format": f"{FORMAT} memory",
+        "format_version": str(FORMAT_VERSION),
+        "library_version": library_version(),
+        "class": _class_name(memory),
+        "static": repr(pytree.tree_structure(memory)),
+    }
+    replace_file(Path(path), lambda target: save_file(tensors, target, metadata=about))
+
+
+def load_memory(path: str | os.PathLike[str], like: M) -> M:
+    """Read a memory that `save_memory` wrote.
+
+    Args:
+        path: the file.
+        like: a memory of the model that will use it, such as `model.init_memory(1)`: it gives the
+            structure, the dtypes and the device; the number of rows comes from the file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is damaged, no memory, of another version, or does not fit `like`.
+    """
+    path = Path(path)
+    leaves = like.tensors()
+    device = next(iter(leaves.values())).device
+    tensors, about = _read_tensors(path, device)
+    if about.get("format") != f"{FORMAT} memory":
+        raise CheckpointError(f"{path} is not a memory written by save_memory")
+    _check_version(path, about.get("format_version"))
+    if about.get("class") != _class_name(like):
+        raise CheckpointError(f"{path} holds a {about.get('class')}, not a {_class_name(like)}")
+    if about.get("static") != repr(pytree.tree_structure(like)):
+        raise CheckpointError(f"{path} comes from a model with other options (its fixed fields differ)")
+    _check_tensors(path, leaves, tensors, rows_may_differ=True)
+    _, structure = pytree.tree_flatten(like)
+    return pytree.tree_unflatten([tensors[name] for name in leaves], structure)
+
+
+def library_version() -> str:
+    """The installed version, or "unknown" in a source tree that was never installed."""
+    try:
+        return metadata.version("memory-models")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a new file, then put it in the place of `path` in one step.
+
+    The data reach the disk before the name does. If anything fails the old file stays as it was.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        # mkstemp makes files that only their owner may read; a checkpoint is shared like any file.
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    if hasattr(os, "O_DIRECTORY"):
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _unshared(model: nn.Module) -> dict[str, Tensor]:
+    # Tied weights have two names; safetensors keeps the first.
+    kept: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        kept[name] = tensor.detach().contiguous()
+    return kept
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise CheckpointError(f"{path} was not written by {FORMAT}")
+    _check_version(path, config.get("format_version"))
+    return config
+
+
+def _check_version(path: Path, version: Any) -> None:
+    if str(version) != str(FORMAT_VERSION):
+        raise CheckpointError(
+            f"{path} has format version {version}, this library reads {FORMAT_VERSION}; "
+            "load it with the library version it names and save it again"
+        )
+
+
+def _read_tensors(
+    path: Path, device: torch.device | str | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.exists():
+        raise FileNotFoundError(f"no such checkpoint file: {path}")
+    try:
+        with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def _check_tensors(
+    path: Path, expected: dict[str, Tensor], found: dict[str, Tensor], *, rows_may_differ: bool = False
+) -> None:
+    missing, odd = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or odd:
+        raise CheckpointError(f"{path} does not fit: missing {missing or 'nothing'}, unexpected {odd or 'nothing'}")
+    skip = 1 if rows_may_differ else 0
+    rows = {tensor.shape[0] for tensor in found.values()} if rows_may_differ else set()
+    if len(rows) > 1:
+        raise CheckpointError(f"{path} does not fit: its tensors have {sorted(rows)} rows")
+    for name, tensor in expected.items():
+        if found[name].shape[skip:] != tensor.shape[skip:]:
+            raise CheckpointError(
+                f"{path} does not fit: {name} is {list(found[name].shape)}, expected {list(tensor.shape)}"
+            )
+        if rows_may_differ and found[name].dtype != tensor.dtype:
+            raise CheckpointError(f"{path} does not fit: {name} is {found[name].dtype}, expected {tensor.dtype}")
+
+
+def _class_name(memory: Memory) -> str:
+    return f"{type(memory).__module__}.{type(memory).__qualname__}"

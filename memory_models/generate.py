@@ -1,0 +1,203 @@
+"""Sampling from a language model whose context is its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memory_models.lm import MemoryLM
+from memory_models.state import Memory
+from memory_models.unroll import unroll
+
+Sample = Callable[[Tensor], Tensor]
+
+
+class Step(NamedTuple):
+    """One generated token.
+
+    Attributes:
+        token: int64 `[batch]`.
+        memory: the memory after everything *before* this token; feed the token next to go on.
+        logits: `[batch, vocab_size]`, from which the token was drawn.
+    """
+
+    token: Tensor
+    memory: Any
+    logits: Tensor
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most likely token of each row, `[batch, vocab_size]` to int64 `[batch]`."""
+    return logits.argmax(-1)
+
+
+def sampler(
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Sample:
+    """A function that draws tokens from logits.
+
+    Args:
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep only so many of the most likely tokens.
+        top_p: of what is left keep the smallest set that holds this probability (Holtzman et al. 2020).
+        generator: source of randomness; None: torch's global one.
+
+    Raises:
+        ValueError: if an option is out of range.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature ({temperature}) must not be negative; 0 is greedy")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k ({top_k}) must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p ({top_p}) must lie in (0, 1]")
+    if temperature == 0:
+        return greedy
+
+    def draw(logits: Tensor) -> Tensor:
+        probabilities = filter_logits(logits / temperature, top_k=top_k, top_p=top_p).softmax(-1)
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+    return draw
+
+
+def filter_logits(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """`[..., vocab_size]` with the tokens outside the top k and the nucleus at minus infinity."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        # By rank, not by value: a tie at the border must not let more than k through.
+        keep = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(top_k, -1).indices, True)
+        logits = logits.masked_fill(~keep, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        # Drop a token if those before it hold the probability already; the first always stays.
+        drop = probabilities.cumsum(-1) - probabilities >= top_p
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+    return logits
+
+
+@torch.no_grad()
+def generate(
+    model: MemoryLM,
+    prompt: Tensor,
+    *,
+    max_new_tokens: int,
+    memory: Memory | None = None,
+    lengths: Tensor | None = None,
+    sample: Sample = greedy,
+    stop: int | Collection[int] | None = None,
+) -> Iterator[Step]:
+    """Continue prompts token by token, through any number of segments, at one token's cost each.
+
+    Segments end where they end in training, after `segment_length` tokens of each row, so that the
+    logits equal those of one teacher-forced pass. The model is run in evaluation mode and set back.
+
+    Args:
+        model: a language model.
+        prompt: int64 `[batch, time]`, at least one token in each row.
+        max_new_tokens: most tokens to yield.
+        memory: what came before the prompt; its open segment goes on.
+        lengths: int64 `[batch]`, real tokens of each prompt, which stand first; None means all.
+        sample: from logits `[batch, vocab_size]` to tokens `[batch]`: `greedy` or a `sampler(...)`.
+        stop: an id, or ids, that end a row; a row that has ended repeats its last token, and the
+            iterator ends when all have.
+
+    Yields:
+        A `Step` for each token. The step's memory has not seen its token yet: to go on later, pass that
+        memory and the token as the next prompt.
+
+    Raises:
+        ValueError: if a prompt is empty or `max_new_tokens` is negative.
+    """
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens ({max_new_tokens}) must not be negative")
+    if prompt.dim() != 2 or prompt.shape[1] == 0:
+        raise ValueError(f"prompt must be [batch, time] with at least one token, got {tuple(prompt.shape)}")
+    if lengths is not None and (tuple(lengths.shape) != prompt.shape[:1] or bool((lengths < 1).any())):
+        raise ValueError(f"lengths must give each of the {prompt.shape[0]} prompts at least one token, got {lengths}")
+    return _steps(model, prompt, max_new_tokens, memory, lengths, sample, _ids(stop, prompt.device))
+
+
+def _steps(
+    model: MemoryLM,
+    prompt: Tensor,
+    max_new_tokens: int,
+    memory: Memory | None,
+    lengths: Tensor | None,
+    sample: Sample,
+    stop: Tensor,
+) -> Iterator[Step]:
+    ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+    token = prompt[:, 0]
+    for index in range(max_new_tokens):
+        # A generator may be left and resumed anywhere: mode and gradient are set around each step only.
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                if index == 0:
+                    logits, memory = _read_prompt(model, prompt, memory, lengths)
+                else:
+                    logits, memory = _read_token(model, token, memory)
+                drawn = sample(logits)
+        finally:
+            model.train(training)
+        token = torch.where(ended, token, drawn)
+        yield Step(token, memory, logits)
+        ended = ended | torch.isin(token, stop)
+        if len(stop) and bool(ended.all()):
+            return
+
+
+def _read_prompt(
+    model: MemoryLM, prompt: Tensor, memory: Memory | None, lengths: Tensor | None
+) -> tuple[Tensor, Memory]:
+    memory = model.init_memory(prompt.shape[0]) if memory is None else memory
+    opened = memory.open_length
+    if lengths is None and not bool((opened != opened[:1]).any()):
+        logits, memory = unroll(model, prompt, memory, close=False)
+        return logits[:, -1], memory
+    # Rows end their segments at different tokens, so each piece stops at the nearest end of any row.
+    lengths = prompt.new_full(prompt.shape[:1], prompt.shape[1]) if lengths is None else lengths
+    final = None
+    begin = 0
+    while begin < int(lengths.max()):
+        left = lengths - begin
+        room = model.segment_length - memory.open_length
+        end = begin + min(int(room[left > 0].min()), int(left.max()))
+        mask = torch.arange(begin, end, device=prompt.device) < lengths[:, None]
+        out = model(prompt[:, begin:end], memory, mask=mask, close=False)
+        memory = out.memory
+        memory = _close_full(model, memory)
+        index = (lengths - 1 - begin).clamp(0, end - begin - 1)
+        newest = out.logits[torch.arange(len(lengths), device=prompt.device), index]
+        here = (lengths > begin) & (lengths <= end)
+        final = newest if final is None else torch.where(here[:, None], newest, final)
+        begin = end
+    assert final is not None
+    return final, memory
+
+
+def _read_token(model: MemoryLM, token: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+    out = model(token[:, None], memory, close=False)
+    return out.logits[:, -1], _close_full(model, out.memory)
+
+
+def _close_full(model: MemoryLM, memory: Memory) -> Memory:
+    full = memory.open_length >= model.segment_length
+    if not bool(full.any()):
+        return memory
+    closed = model.module.write(memory)
+    return model.module.commit(closed if bool(full.all()) else closed.where(full, memory))
+
+
+def _ids(stop: int | Collection[int] | None, device: torch.device) -> Tensor:
+    ids = [] if stop is None else [stop] if isinstance(stop, int) else sorted(stop)
+    return torch.tensor(ids, dtype=torch.int64, device=device)

@@ -1,0 +1,185 @@
+"""A memory is a value: a frozen dataclass of tensors, one row for each stream of the batch.
+
+`@memory_state` makes the class frozen and keyword-only and registers it as a torch pytree node, so that
+DDP, FSDP2, `torch.compile` and `torch.export` see its tensors. Every tensor leaf is `[batch, ...]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_STATIC = "memory_models_static"
+
+
+def static(**options: Any) -> Any:
+    """Declare a field that is not a tensor (a length, a name): it travels in the pytree's context."""
+    return dataclasses.field(metadata={_STATIC: True}, **options)
+
+
+class Memory:
+    """Base of every memory. Subclasses carry `@memory_state`; nothing here writes in place."""
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """The same memory with `fn` applied to every tensor leaf."""
+        return pytree.tree_map(fn, self)
+
+    def detach(self) -> Self:
+        """Cut the gradient at this point of the stream (truncated back-propagation)."""
+        return self.map(Tensor.detach)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move all leaves to `device`; cast floating leaves (never counters or masks) to `dtype`."""
+
+        def move(leaf: Tensor) -> Tensor:
+            return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
+
+        return self.map(move)
+
+    def select(self, rows: Tensor) -> Self:
+        """The rows at int64 indices `rows` `[n]`, repeats allowed: beam search, forks, subsets.
+
+        Raises:
+            TypeError: if `rows` is not a one-dimensional integer tensor.
+        """
+        if rows.dtype not in (torch.int64, torch.int32) or rows.dim() != 1:
+            raise TypeError(
+                f"rows must be a one-dimensional int64 tensor of row indices, got {rows.dtype} with shape "
+                f"{tuple(rows.shape)}; turn a boolean mask into indices with mask.nonzero().squeeze(1)"
+            )
+        return self.map(lambda leaf: leaf.index_select(0, rows.to(leaf.device)))
+
+    def where(self, keep: Tensor, other: Self) -> Self:
+        """Row by row: this memory where bool `keep` `[batch]` is true, `other` elsewhere.
+
+        Raises:
+            TypeError: if `keep` is not boolean.
+            ValueError: if the shapes or the structures differ.
+        """
+        if keep.dtype != torch.bool:
+            raise TypeError(f"keep must be a bool tensor, got {keep.dtype}")
+        if keep.shape != (self.batch_size,):
+            raise ValueError(f"keep has shape {tuple(keep.shape)}, the memory has {self.batch_size} rows")
+        check_same_structure(self, other)
+
+        # where, not multiply: a NaN in a row that is left out must not survive.
+        def pick(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.where(keep.view(-1, *[1] * (mine.dim() - 1)), mine, theirs)
+
+        return pytree.tree_map(pick, self, other)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The leaves by path, such as `layers.0.keys`."""
+        pairs, _ = pytree.tree_flatten_with_path(self)
+        return {".".join(_part(key) for key in path): leaf for path, leaf in pairs}
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return next(iter(pytree.tree_leaves(self))).shape[0]
+
+    @property
+    def open_length(self) -> Tensor:
+        """int64 `[batch]`: tokens of the open segment, not yet written. Zero for members without one."""
+        return torch.zeros(self.batch_size, dtype=torch.int64, device=next(iter(pytree.tree_leaves(self))).device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all leaves."""
+        return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(self))
+
+    def __iter__(self) -> Iterator[Any]:
+        # Without this a stray `y, memory = memory` would fail in a puzzling way.
+        raise TypeError(f"{type(self).__name__} is one value; read its fields or .tensors()")
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name} {_shape(leaf)}" for name, leaf in self.tensors().items())
+        return f"{type(self).__name__}({fields})"
+
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(static,))
+def memory_state(cls: type[T]) -> type[T]:
+    """Make `cls` (a subclass of `Memory`) a frozen keyword-only dataclass and a pytree node.
+
+    Fields are tensors `[batch, ...]`, other memories, or tuples of these; others are marked `static()`.
+    """
+    if not issubclass(cls, Memory):
+        raise TypeError(f"{cls.__name__} must subclass Memory")
+    made = dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)(cls)
+    names = [f.name for f in dataclasses.fields(made) if not f.metadata.get(_STATIC)]
+    fixed = [f.name for f in dataclasses.fields(made) if f.metadata.get(_STATIC)]
+
+    def flatten(memory: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(memory, n) for n in names], tuple(getattr(memory, n) for n in fixed)
+
+    def flatten_with_keys(memory: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        return (
+            [(pytree.GetAttrKey(n), getattr(memory, n)) for n in names],
+            tuple(getattr(memory, n) for n in fixed),
+        )
+
+    def unflatten(leaves: Any, context: tuple[Any, ...]) -> Any:
+        return made(**dict(zip(names, leaves, strict=True)), **dict(zip(fixed, context, strict=True)))
+
+    pytree.register_pytree_node(
+        made,
+        flatten,
+        unflatten,
+        serialized_type_name=f"{made.__module__}.{made.__qualname__}",
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+    return made  # type: ignore[return-value]
+
+
+def check_same_structure(one: Memory, other: Memory) -> None:
+    """Refuse two memories of different kinds, configurations or shapes (the batch included).
+
+    Raises:
+        TypeError: if `other` is not a memory of the same class.
+        ValueError: if static fields, paths, shapes or dtypes differ; the message names the first.
+    """
+    if type(one) is not type(other):
+        raise TypeError(f"expected a {type(one).__name__}, got {type(other).__name__}")
+    mine, theirs = one.tensors(), other.tensors()
+    if mine.keys() != theirs.keys():
+        odd = sorted(mine.keys() ^ theirs.keys())
+        raise ValueError(f"the memories hold different tensors: {', '.join(odd)}")
+    for name, leaf in mine.items():
+        if leaf.shape != theirs[name].shape or leaf.dtype != theirs[name].dtype:
+            raise ValueError(f"{name} is {_shape(leaf)} in one memory and {_shape(theirs[name])} in the other")
+    if pytree.tree_structure(one) != pytree.tree_structure(other):
+        raise ValueError(f"the {type(one).__name__}s differ in their static fields")
+
+
+def cat(memories: Sequence[Memory]) -> Any:
+    """Join memories along the batch.
+
+    Raises:
+        ValueError: if there is none, or if anything but the number of rows differs.
+    """
+    if not memories:
+        raise ValueError("cat needs at least one memory")
+    first = memories[0]
+    empty = torch.zeros(0, dtype=torch.int64)
+    for memory in memories[1:]:
+        check_same_structure(first.select(empty), memory.select(empty))
+    return pytree.tree_map(lambda *leaves: torch.cat(leaves), *memories)
+
+
+def _part(key: Any) -> str:
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _shape(leaf: Tensor) -> str:
+    return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"

@@ -1,0 +1,88 @@
+"""Long input through a model of short segments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memory_models.lm import MemoryLM
+from memory_models.module import MemoryModule
+from memory_models.state import Memory
+
+
+def unroll(
+    model: MemoryModule[Any] | MemoryLM,
+    x: Tensor,
+    memory: Memory | None = None,
+    *,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
+    segment: int | None = None,
+    detach_every: int | None = None,
+    close: bool = True,
+) -> tuple[Tensor, Any]:
+    """Cut a long input into segments and carry the memory through them.
+
+    Args:
+        model: a memory module (`x` is `[batch, time, dim]`) or a language model (`[batch, time]` ids).
+        x: input of any length.
+        memory: where to go on; if its segment is still open, the first piece completes it.
+        mask: bool `[batch, time]`, false at padding.
+        reset: bool `[batch]` (at the first token) or `[batch, time]`.
+        segment: tokens of a segment; None: the model's `segment_length`.
+        detach_every: cut the gradient after every so many segments (truncated back-propagation
+            through time); None: never.
+        close: whether the last segment ends with the last token, if it is shorter than the others.
+
+    Returns:
+        The outputs `[batch, time, dim]` or logits `[batch, time, vocab_size]`, and the last memory.
+
+    Raises:
+        ValueError: if `segment` or `detach_every` is out of range, or if the rows of an open segment
+            differ in length, so that no one cut completes them all.
+    """
+    length = model.segment_length if segment is None else segment
+    if not 1 <= length <= model.segment_length:
+        raise ValueError(f"segment ({length}) must lie between 1 and segment_length ({model.segment_length})")
+    if detach_every is not None and detach_every < 1:
+        raise ValueError(f"detach_every ({detach_every}) must be at least 1, or None for full gradients")
+    if reset is not None and reset.dim() == 1:
+        start = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        if x.shape[1]:
+            start[:, 0] = reset
+        reset = start
+    outputs, begin, ended = [], 0, 0
+    room = length - _open(memory)
+    while True:
+        end = min(begin + room, x.shape[1])
+        last = end == x.shape[1]
+        out = model(
+            x[:, begin:end],
+            memory,
+            mask=None if mask is None else mask[:, begin:end],
+            reset=None if reset is None else reset[:, begin:end],
+            close=close if last and end - begin < room else True,
+        )
+        outputs.append(out[0])
+        memory = out[1]
+        if last:
+            break
+        ended += 1
+        if detach_every is not None and ended % detach_every == 0:
+            memory = memory.detach()
+        begin, room = end, length
+    return torch.cat(outputs, 1), memory
+
+
+def _open(memory: Memory | None) -> int:
+    if memory is None or memory.batch_size == 0:
+        return 0
+    lengths = memory.open_length
+    if bool((lengths != lengths[0]).any()):
+        raise ValueError(
+            "the rows of the open segment differ in length "
+            f"({lengths.tolist()}); end it with close=True before unrolling on"
+        )
+    return int(lengths[0])
