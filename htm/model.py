@@ -1,0 +1,100 @@
+"""The transformer with Hierarchical Transformer Memory, over embeddings."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from htm.config import HTMConfig
+from htm.layers import HTMAttention
+from htm.memory import ChunkMemory, HTMMemory
+from memory_models.module import MemoryModule
+from memory_models.ring import append
+from memory_models.transformer import OpenSegment, Trunk
+
+
+class HTM(MemoryModule[HTMMemory]):
+    """Causal attention within a segment, then a read of earlier segments' chunks, then feed-forward.
+
+    Figure 1 of the paper: each part is pre-norm and added to the residual stream. A token sees the tokens
+    of its own segment through local attention and everything written before the segment through the
+    memory, the open chunk included. What is stored is the memory sub-layer's input, normalised (without
+    gain, so that it can be done once, at the write) and detached.
+    """
+
+    config_class: ClassVar[type] = HTMConfig
+
+    def __init__(self, config: HTMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dim, self.segment_length = config.dim, config.segment_length
+        self.differentiable_memory = config.write_gradient
+        self.trunk = Trunk(config)
+        self.read_norms, self.reads = nn.ModuleList(), nn.ModuleList()
+        for _ in config.layers_with_memory:
+            self.read_norms.append(nn.RMSNorm(config.dim))
+            self.reads.append(
+                HTMAttention(
+                    config.dim,
+                    heads=config.memory_heads or config.heads,
+                    topk_mems=config.topk,
+                    mem_chunk_size=config.chunk_size,
+                    dim_head=config.memory_dim_head or config.head_width,
+                    add_pos_enc=config.positions,
+                    detach_memories=not config.write_gradient,
+                    init_scale=config.init_scale,
+                )
+            )
+
+    def init_memory(self, batch_size: int) -> HTMMemory:
+        """No chunks and an open segment without tokens."""
+        config, weight = self.config, self.trunk.norm.weight
+        hidden = weight.new_zeros(batch_size, self.segment_length, self.dim)
+        layers = config.layers_with_memory
+        return HTMMemory(
+            segment=self.trunk.open_segment(batch_size),
+            hiddens=tuple(hidden.clone() for _ in layers),
+            layers=tuple(
+                ChunkMemory.empty(batch_size, config.chunks, config.chunk_size, self.dim, like=weight)
+                for _ in layers
+            ),
+        )
+
+    def read(self, x: Tensor, memory: HTMMemory, lengths: Tensor | None) -> tuple[Tensor, HTMMemory]:
+        """Attend to the segment so far and to the chunks written before it."""
+        x, last, place = self.trunk.enter(x, memory.segment, lengths)
+        caches, hiddens = [], []
+        for layer, (attention, feedforward) in enumerate(
+            zip(self.trunk.attentions, self.trunk.feedforwards, strict=True)
+        ):
+            attended, cache = attention(x, memory.segment.layers[layer], place)
+            x = x + attended
+            if layer in self.config.layers_with_memory:
+                index = self.config.layers_with_memory.index(layer)
+                chunks, hidden = memory.layers[index], memory.hiddens[index]
+                stored = F.rms_norm(x, (self.dim,)).to(hidden.dtype)
+                if not self.config.write_gradient:
+                    stored = stored.detach()
+                hiddens.append(stored if place.whole else append(hidden, place.filled, stored, lengths))
+                x = x + self.reads[index].read(  # type: ignore[operator]
+                    self.read_norms[index](x), chunks.contents, chunks.summaries, lengths=chunks.lengths()
+                )
+            x = x + feedforward(x)
+            caches.append(cache)
+        segment = OpenSegment(filled=place.after, last=last, layers=tuple(caches))
+        return self.trunk.norm(x), HTMMemory(segment=segment, hiddens=tuple(hiddens), layers=memory.layers)
+
+    def write(self, memory: HTMMemory) -> HTMMemory:
+        """Append the segment's hiddens to the chunks of their layers."""
+        fresh = self.trunk.open_segment(memory.batch_size)
+        filled = memory.segment.filled
+        return HTMMemory(
+            segment=fresh,
+            hiddens=tuple(hidden.new_zeros(hidden.shape) for hidden in memory.hiddens),
+            layers=tuple(
+                chunks.append(hidden, filled)
+                for chunks, hidden in zip(memory.layers, memory.hiddens, strict=True)
+            ),
+        )
