@@ -1,0 +1,63 @@
+# Two commands matter on a fresh clone: `make compare` (the main job) and `make test`. Both set up first.
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PEERS := .peers
+PEERS_READY := $(PEERS)/.ready
+# The environment variable, unlike -c, also pins what builds the package.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+
+.PHONY: help setup compare smoke speed peers test test-all lint format wheel clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## make the virtual environment with the pinned packages
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+compare: $(READY)  ## train and compare every member on recall, then on text (about 8 minutes on two cores)
+	$(BIN)/memory-bench compare --task recall text --out results
+
+smoke: $(READY)  ## the same command in seconds, to see that everything runs
+	$(BIN)/memory-bench compare --task recall text --out results/smoke --smoke
+
+speed: $(READY) $(PEERS_READY)  ## time our modules against the published packages, in one run
+	$(BIN)/memory-bench speed
+
+peers: $(PEERS_READY)  ## install the four published packages in an environment of their own
+
+# One of them installs a package called memformer, which must never be on our own path.
+$(PEERS_READY): export PIP_CONSTRAINT :=
+$(PEERS_READY): benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+test: lint $(READY)  ## lint, types and tests (within 5 minutes on two cores)
+	$(BIN)/python -m pytest -n 2
+
+test-all: lint $(READY)  ## the slow tests too
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## let ruff put things in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(READY)  ## build the wheel and check what it installs
+	$(BIN)/python .ci/check_wheel.py
+
+clean:  ## remove environments, caches and builds (results stay)
+	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,5 @@
+"""Memformer (Wu et al. 2020, arXiv:2010.06891): this package's place in the family; its member is not written yet and nothing is exported."""
+
+__distribution__ = "memory-models"
+
+__all__: list[str] = []
