@@ -24,10 +24,12 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 compare: $(READY)  ## train and compare every member on recall, then on text (about 8 minutes on two cores)
-	$(BIN)/memory-bench compare --task recall text --out results
+	$(BIN)/memory-bench compare --task recall
+	$(BIN)/memory-bench compare --task text
 
 smoke: $(READY)  ## the same command in seconds, to see that everything runs
-	$(BIN)/memory-bench compare --task recall text --out results/smoke --smoke
+	$(BIN)/memory-bench compare --task recall --out results/smoke/recall --smoke
+	$(BIN)/memory-bench compare --task text --out results/smoke/text --smoke
 
 speed: $(READY) $(PEERS_READY)  ## time our modules against the published packages, in one run
 	$(BIN)/memory-bench speed
@@ -38,6 +40,7 @@ peers: $(PEERS_READY)  ## install the four published packages in an environment 
 $(PEERS_READY): export PIP_CONSTRAINT :=
 $(PEERS_READY): benchmarks/requirements-peers.txt
 	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch faiss-cpu joblib
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 

@@ -53,12 +53,12 @@ class Full(MemoryModule[FullMemory]):
     """Causal attention over the last `context` tokens and the segment, with gradient throughout."""
 
     config_class: ClassVar[type] = FullConfig
-    differentiable_memory = True
 
     def __init__(self, config: FullConfig) -> None:
         super().__init__()
         self.config = config
         self.dim, self.segment_length = config.dim, config.segment_length
+        self.differentiable_memory = config.context > 0
         self.trunk = Trunk(config)
 
     def init_memory(self, batch_size: int) -> FullMemory:

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from memory_models.module import MemoryModule
 from memory_models.ring import append
 from memory_models.state import Memory, memory_state
-from memory_models.transformer import FeedForward, Place, SegmentAttention, TokenShift, TransformerConfig
+from memory_models.transformer import (
+    ROTARY_BASE,
+    FeedForward,
+    Place,
+    SegmentAttention,
+    TokenShift,
+    TransformerConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +78,11 @@ class TransformerXL(MemoryModule[TransformerXLMemory]):
 
     def __init__(self, config: TransformerXLConfig) -> None:
         super().__init__()
-        from x_transformers.x_transformers import Attention, RotaryEmbedding
+        from x_transformers.x_transformers import Attention
 
         self.config = config
         self.dim, self.segment_length = config.dim, config.segment_length
         self.shift = TokenShift(config.dim) if config.token_shift else None
-        self.rotary = RotaryEmbedding(config.head_width)
         self.norms, self.attentions = nn.ModuleList(), nn.ModuleList()
         for layer in range(config.depth):
             matching = config.matching_layer and layer == config.depth - 1
@@ -93,7 +99,8 @@ class TransformerXL(MemoryModule[TransformerXLMemory]):
                 )
             )
         self.feedforwards = nn.ModuleList(
-            FeedForward(config.dim, config.feedforward_width, dropout=config.dropout) for _ in range(config.depth)
+            FeedForward(config.dim, config.feedforward_width, dropout=config.dropout)
+            for _ in range(config.depth)
         )
         self.norm = nn.RMSNorm(config.dim)
 
@@ -176,9 +183,19 @@ class TransformerXL(MemoryModule[TransformerXLMemory]):
             x,
             context=context,
             attn_mask=seen,
-            rotary_pos_emb=self.rotary(place.positions),
-            context_rotary_pos_emb=self.rotary(positions),
+            rotary_pos_emb=_angles(place.positions, self.config.head_width, x),
+            context_rotary_pos_emb=_angles(positions[None], self.config.head_width, x),
         )
+
+
+def _angles(positions: Tensor, width: int, like: Tensor) -> tuple[Tensor, float]:
+    # What x-transformers' attention takes: an angle for each channel of its neighbouring pairs, and no
+    # xpos scale. Its RotaryEmbedding keeps the rates in the module's dtype, so that in bf16 distant
+    # positions collapse, and fails for heads of odd width; here an odd last channel is not rotated.
+    exact = torch.promote_types(like.dtype, torch.float32)
+    half = width // 2
+    rates = ROTARY_BASE ** (-torch.arange(half, device=like.device, dtype=exact) / max(half, 1))
+    return (positions[..., None].to(exact) * rates).repeat_interleave(2, -1), 1.0
 
 
 def _match(attention: SegmentAttention, x: Tensor, context: Tensor, seen: Tensor) -> Tensor:
@@ -194,6 +211,7 @@ def _match(attention: SegmentAttention, x: Tensor, context: Tensor, seen: Tensor
         F.normalize(keys, dim=-1),
         values,
         attn_mask=seen,
+        dropout_p=attention.dropout.p if attention.training else 0.0,
         scale=1.0,
     )
     return attention.to_out(rearrange(attended, "b h t d -> b t (h d)"))

@@ -1,0 +1,339 @@
+"""The command `memory-bench`: list, run, compare, report, speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import logging
+import operator
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+if TYPE_CHECKING:
+    from benchmarks.report import Comparison
+    from benchmarks.settings import RunSpec
+    from benchmarks.train import Progress
+
+EXIT_OK, EXIT_FAILED_RUN, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+try:
+    import rich  # noqa: F401
+    import tyro
+    from tyro.conf import Positional
+except ImportError as error:
+    raise SystemExit(
+        f"memory-bench needs more packages than the library: pip install 'memory-models[bench]' ({error})"
+    ) from error
+
+
+class UsageError(Exception):
+    """Something that the user can put right; the message says how."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class List:
+    """What there is: models and tasks."""
+
+    what: Positional[Literal["all", "models", "tasks"]] = "all"
+    """Which of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Common:
+    task: str
+    """Name of the task, as `memory-bench list` shows it, or package.module:Class."""
+    steps: int | None = None
+    """Optimiser steps, in place of the task's usual number."""
+    set: tuple[str, ...] = ()
+    """Settings as key=value: of the training, the task or the model (train.KEY, task.KEY, model.KEY)."""
+    data: str | None = None
+    """File, folder or .gz that the task shall read, for tasks on real data."""
+    smoke: bool = False
+    """Tiny sizes and few steps: the whole way in seconds, to see that it works."""
+    out: Path | None = None
+    """Folder for the results; default results/TASK. The same folder goes on where it was interrupted."""
+
+    checkpoint_seconds: float = 20.0
+    """Most seconds of work that an interruption may cost."""
+
+    def assignments(self) -> list[str]:
+        """All settings in the form of `--set`."""
+        extra = [] if self.steps is None else [f"train.steps={self.steps}"]
+        if self.data is not None:
+            extra.append(f"task.data={self.data!r}")
+        return [*extra, *self.set]
+
+    def folder(self) -> Path:
+        """Where the results go."""
+        return self.out or Path("results") / self.task.replace(":", ".")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(_Common):
+    """Train and evaluate one model on one task, here and now."""
+
+    model: str
+    """Name of the model, as `memory-bench list` shows it, or package.module:Class."""
+    seed: int = 0
+    """Seed of the weights and of the order of the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(_Common):
+    """Train and evaluate several models on one task under the same budget; table, plots and report."""
+
+    models: tuple[str, ...] = ("all",)
+    """Names of models; all is every family and every control."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; three or more give intervals."""
+    jobs: int = 2
+    """Runs at once, each a process with one thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Table and plots from results that are there: those of the last comparison, or all if there was none."""
+
+    folder: Positional[Path]
+    """Folder of the results, such as results/recall."""
+    out: Path | None = None
+    """Folder to write to; default the folder of the results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Time our modules against the published packages (memory-bench speed --help tells more)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 1 if a run failed, 2 for wrong use, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if words[:1] == ["speed"]:
+        # It has options of its own; only here are they looked at.
+        return importlib.import_module("benchmarks.speed.command").main(words[1:]) or EXIT_OK
+    # Without the pairs, a flag is --smoke and nothing else.
+    command: Any = tyro.cli(
+        _commands(),
+        args=words,
+        prog="memory-bench",
+        description=__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        return _ACTIONS[type(command)](command, words)
+    except (UsageError, ImportError) as error:
+        print(f"memory-bench: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except OSError as error:
+        print(f"memory-bench: {error}", file=sys.stderr)
+        return EXIT_FAILED_RUN
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def list_command(command: List, words: Sequence[str]) -> int:
+    """Print the models and tasks."""
+    from rich.table import Table
+
+    console = _console()
+    if command.what in ("all", "models"):
+        from benchmarks.members import all_models
+        from memory_models.models import info
+
+        table = Table("model", "kind", "what it is", "what it carries", title="models", title_justify="left")
+        for name in all_models():
+            entry = info(name)
+            table.add_row(name, ", ".join(entry.tags), entry.summary, entry.carries)
+        console.print(table)
+    if command.what in ("all", "tasks"):
+        from benchmarks.task import tasks
+
+        table = Table("task", "what it is", title="tasks", title_justify="left")
+        for name in tasks.names():
+            table.add_row(name, tasks.load(name).summary)
+        console.print(table)
+    return EXIT_OK
+
+
+def run_command(command: Run, words: Sequence[str]) -> int:
+    """One run in this process."""
+    from benchmarks.progress import display_for
+    from benchmarks.results import FINISHED, Results
+    from benchmarks.train import run
+    from benchmarks.worker import stop_on_signal
+
+    [spec] = _plan(command, [command.model], [command.seed])
+    results = Results(command.folder())
+    record: Any
+    if results.is_finished(spec.id):
+        print(f"run {spec.id} is finished already; its figures:")
+        record = results.latest()[spec.id]
+    else:
+        display = display_for()
+        title = f"{spec.model} seed {spec.seed}"
+        display.start(total=1, done=0)
+        display.job_started(title)
+
+        def show(progress: Progress) -> None:
+            display.job_progress(title, dataclasses.asdict(progress))
+            display.time_left((progress.steps - progress.step) / progress.rate if progress.rate else None)
+
+        try:
+            with stop_on_signal() as stopped:
+                record = run(
+                    spec,
+                    results,
+                    stopped=stopped,
+                    progress=show,
+                    checkpoint_seconds=command.checkpoint_seconds,
+                )
+            if record is not None:
+                display.job_ended(title, record)
+        finally:
+            display.stop()
+    if record is None:
+        _say_how_to_go_on("Stopped; the run is saved.", words)
+        return EXIT_INTERRUPTED
+    if record["status"] != FINISHED:
+        return EXIT_FAILED_RUN
+    for name, value in record["scores"].items():
+        print(f"  {name}: {'none' if value is None else f'{value:.4f}'}")
+    print(f"kept in {results.folder} as run {spec.id}")
+    return EXIT_OK
+
+
+def compare_command(command: Compare, words: Sequence[str]) -> int:
+    """Several runs, then the report."""
+    from benchmarks.compare import InterruptedComparison, compare, write_comparison
+    from benchmarks.progress import display_for
+    from benchmarks.results import FINISHED, Results
+
+    # Before the work, not after it: a plot that cannot be drawn is no way to end an hour's training.
+    importlib.import_module("benchmarks.plots")
+    specs = _plan(command, _models(command.models), command.seeds)
+    results = Results(command.folder())
+    write_comparison(specs, results, shlex.join(["memory-bench", *words]))
+    try:
+        records = compare(
+            specs,
+            results,
+            jobs=command.jobs,
+            display=display_for(),
+            checkpoint_seconds=command.checkpoint_seconds,
+        )
+    except InterruptedComparison:
+        latest = results.latest()
+        done = sum(latest.get(spec.id, {}).get("status") == FINISHED for spec in specs)
+        _say_how_to_go_on(f"Stopped; {done} of {len(specs)} runs are finished, the others saved.", words)
+        return EXIT_INTERRUPTED
+    _report(results.folder, results.folder)
+    return EXIT_OK if all(record["status"] == FINISHED for record in records) else EXIT_FAILED_RUN
+
+
+def report_command(command: Report, words: Sequence[str]) -> int:
+    """The report of results that are there."""
+    _report(command.folder, command.out or command.folder)
+    return EXIT_OK
+
+
+def _commands() -> Any:
+    named = {"list": List, "run": Run, "compare": Compare, "report": Report, "speed": Speed}
+    kinds = [Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in named.items()]
+    return functools.reduce(operator.or_, kinds)
+
+
+_ACTIONS: dict[type, Any] = {
+    List: list_command,
+    Run: run_command,
+    Compare: compare_command,
+    Report: report_command,
+}
+
+
+def _plan(command: _Common, models: Sequence[str], seeds: Sequence[int]) -> list[RunSpec]:
+    from benchmarks.settings import plan
+
+    try:
+        specs = [
+            plan(model, command.task, seed, smoke=command.smoke, assignments=command.assignments())
+            for model in models
+            for seed in dict.fromkeys(seeds)
+        ]
+    except LookupError as error:
+        # A KeyError prints its message in quotes.
+        raise UsageError(error.args[0] if error.args else error) from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(error) from error
+    if not specs:
+        raise UsageError("nothing to do: give at least one model and one seed")
+    return specs
+
+
+def _models(names: Sequence[str]) -> list[str]:
+    from benchmarks.members import all_models
+
+    found: list[str] = []
+    for name in names:
+        found += all_models() if name == "all" else [name]
+    return list(dict.fromkeys(found))
+
+
+def _report(folder: Path, out: Path) -> None:
+    from benchmarks.report import NothingToReportError, load, write_report
+
+    try:
+        comparison = load(folder)
+    except NothingToReportError as error:
+        raise UsageError(error) from error
+    files = write_report(comparison, out)
+    _show(comparison)
+    print("written: " + ", ".join(str(path) for path in files))
+
+
+def _show(comparison: Comparison) -> None:
+    from rich.table import Table
+
+    from benchmarks.report import main_metrics, table
+
+    console, metrics = _console(), main_metrics(comparison)
+    parts = [table(comparison, metrics=metrics, costs=True)]
+    if sum(len(name) + 3 for name in parts[0][0]) > console.width:
+        # Two tables that fit rather than one that folds every cell.
+        parts = [table(comparison, metrics=part, costs=not part) for part in (metrics, [])]
+    bad = {row.model for row in comparison.rows if row.status}
+    for header, *body in parts:
+        shown = Table(title=comparison.task, title_justify="left")
+        for index, name in enumerate(header):
+            first = index == 0
+            shown.add_column(
+                name,
+                justify="left" if first else "right",
+                overflow="fold",
+                min_width=16 if first else None,
+            )
+        for line in body:
+            shown.add_row(*line, style="red" if line[0].partition(" (")[0] in bad else None)
+        console.print(shown)
+    for record in comparison.failures:
+        print(f"{record['model']} seed {record['seed']} {record['status']}: {record.get('error', '')}")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # A file or a pipe has no width; a table cut at 80 columns would be of no use there.
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def _say_how_to_go_on(what: str, words: Sequence[str]) -> None:
+    print(f"{what} Go on with:\n  {shlex.join(['memory-bench', *words])}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Score a model on a task's held-out data, and ask whether its memory is used.
+
+The memory reaches the model in one of four ways (`MODES`):
+
+- `carried`: as the model left it, the normal way;
+- `none`: every segment starts with a fresh memory;
+- `shuffled`: before every segment each row is handed the memory of the row beside it, so that what is
+  remembered is of the right kind but somebody else's;
+- `frozen`: a row keeps the memory it had after the first segment of its document; later segments are read
+  with it and change nothing.
+
+A score that does not suffer in the other three is not due to the memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.task import Batch, Task
+
+MODES = ("carried", "none", "shuffled", "frozen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        scores: flat metric names and their values.
+        state_bytes: bytes of a row's memory that carry something from segment to segment. A tensor that is
+            as in a fresh memory whenever a segment ends (room for the open segment) carries nothing.
+        memory_bytes: bytes of a row's whole memory.
+        tokens: tokens read.
+    """
+
+    scores: dict[str, float]
+    state_bytes: float
+    memory_bytes: float
+    tokens: int
+
+
+def segments(batch: Batch, length: int) -> Iterator[Batch]:
+    """Cut a batch into segments of at most `length` tokens; a reset of whole rows goes to the first."""
+    time = batch.tokens.shape[1]
+    for start in range(0, time, length):
+        part = slice(start, start + length)
+        reset = batch.reset
+        if reset is not None:
+            reset = reset[:, part] if reset.dim() == 2 else reset if start == 0 else None
+        yield Batch(
+            tokens=batch.tokens[:, part],
+            labels=batch.labels[:, part],
+            groups=batch.groups[:, part],
+            reset=reset,
+            mask=None if batch.mask is None else batch.mask[:, part],
+        )
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    *,
+    rows: int,
+    batches: int | None = None,
+    mode: str = "carried",
+    heartbeat: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Run over the task's evaluation data, or its first `batches` batches, without gradient.
+
+    Args:
+        model: called like a `MemoryLM`; left in the mode (training or not) it was in.
+        task: gives the data and the scorer.
+        rows: rows of a batch.
+        batches: None means all.
+        mode: how the memory is carried, one of `MODES`.
+        heartbeat: called once for each batch; what it raises ends the evaluation.
+
+    Raises:
+        ValueError: if `mode` is unknown.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
+    scorer = task.scorer()
+    carrier = _Carrier(model, mode)
+    was_training = model.training
+    model.eval()
+    tokens = 0
+    try:
+        with torch.no_grad():
+            for batch in itertools.islice(task.evaluation(batch_size=rows), batches):
+                heartbeat()
+                if not task.streaming:
+                    carrier.start_afresh()
+                scorer.update(carrier.read(batch), batch)
+                tokens += batch.tokens.numel()
+    finally:
+        model.train(was_training)
+    return Evaluation(
+        scores={name: float(value) for name, value in scorer.result().items()},
+        state_bytes=carrier.state_bytes,
+        memory_bytes=carrier.memory_bytes,
+        tokens=tokens,
+    )
+
+
+class _Carrier:
+    """Feeds batches to a model, and its memory back to it in one of the four ways."""
+
+    def __init__(self, model: Any, mode: str) -> None:
+        self.model = model
+        self.mode = mode
+        self.memory: Any = None
+        self.memory_bytes = 0.0
+        self._fresh: dict[str, Tensor] = {}
+        self._carrying: dict[str, float] = {}
+
+    @property
+    def state_bytes(self) -> float:
+        return sum(self._carrying.values())
+
+    def start_afresh(self) -> None:
+        self.memory = None
+
+    def read(self, batch: Batch) -> Tensor:
+        """Logits `[batch, time, vocab]` of all the batch's segments."""
+        rows = batch.tokens.shape[0]
+        if self.memory is not None and self.memory.batch_size != rows:
+            self.memory = None
+        logits = []
+        for segment in segments(batch, self.model.segment_length):
+            given = self._given(rows)
+            out = self.model(segment.tokens, given, mask=segment.mask, reset=segment.reset)
+            logits.append(out.logits)
+            self._keep(out.memory, segment, rows)
+        return torch.cat(logits, 1)
+
+    def _given(self, rows: int) -> Any:
+        if self.mode == "none" or self.memory is None:
+            return None
+        if self.mode == "shuffled":
+            return self.memory.select(torch.arange(rows).roll(1))
+        return self.memory
+
+    def _keep(self, memory: Any, segment: Batch, rows: int) -> None:
+        self._weigh(memory, rows)
+        if self.mode == "frozen" and self.memory is not None:
+            began = torch.zeros(rows, dtype=torch.bool) if segment.reset is None else segment.reset
+            memory = memory.where(began if began.dim() == 1 else began.any(1), self.memory)
+        self.memory = memory
+
+    def _weigh(self, memory: Any, rows: int) -> None:
+        self.memory_bytes = max(self.memory_bytes, memory.nbytes / rows)
+        if not self._fresh:
+            self._fresh = self.model.init_memory(1).tensors()
+        for name, leaf in memory.tensors().items():
+            if name not in self._carrying and not torch.equal(leaf, self._fresh[name].expand_as(leaf)):
+                self._carrying[name] = leaf.numel() * leaf.element_size() / rows

@@ -1,0 +1,346 @@
+"""How each model is trained on each task. Change a comparison here, or for one run with `--set`.
+
+The tables come first. `plan` turns a line of them into a `RunSpec`, which holds everything that changes the
+numbers of a run and therefore names it.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.members import code_of_model, known_options
+from benchmarks.provenance import source_digest, version_of
+from benchmarks.results import plain, run_id
+from memory_models.registry import nearest
+
+if TYPE_CHECKING:
+    from benchmarks.task import Task
+
+EVERY = "*"
+
+# Training by task and model. What a row leaves out is as in the row above it: (task, model), then
+# (task, every model), then the defaults of `TrainSettings`, which serve tasks that are not named.
+TRAINING: dict[str, dict[str, dict[str, Any]]] = {
+    "recall": {
+        EVERY: {"steps": 500, "batch_size": 32, "learning_rate": 3e-3},
+    },
+    "text": {
+        EVERY: {
+            "steps": 700,
+            "batch_size": 16,
+            "learning_rate": 2.5e-3,
+            "warmup": 80,
+            # Annealing from the start costs a short run much: hold the rate, then lower it.
+            "decay": 0.25,
+            "final": 0.03,
+            "weight_decay": 0.02,
+            # A batch of a stream is one segment, so it takes many to see anything.
+            "evaluation_rows": 32,
+            "curve_points": 4,
+            "curve_batches": 8,
+            "probe_batches": 12,
+        },
+    },
+}
+
+# Options of the models by task, read like `TRAINING`. The rows for every model are given to members that
+# have such an option; the segment length comes from the task.
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    EVERY: {
+        EVERY: {"dim": 64, "depth": 2, "heads": 2, "token_shift": True},
+    },
+    "recall": {
+        EVERY: {
+            "dim": 64,
+            "depth": 2,
+            "heads": 2,
+            "ff_dim": 128,
+            "token_shift": True,
+            "tie_embeddings": False,
+        },
+        "htm": {"chunk_size": 4, "topk": 4},
+        "full": {"context": 80},
+        "transformer-xl": {"cache": 16},
+        "gru": {"hidden": 128},
+    },
+    "text": {
+        EVERY: {
+            "dim": 128,
+            "depth": 3,
+            "heads": 4,
+            "ff_dim": 256,
+            "token_shift": True,
+            "matching_layer": True,
+            "embedding_std": 0.05,
+        },
+        "full": {"context": 1024},
+        "transformer-xl": {"cache": 64},
+        "gru": {"hidden": 256},
+    },
+}
+
+# The same command in seconds: what `--smoke` puts on top, beside the task's own `smoke` options.
+SMOKE_TRAINING: dict[str, Any] = {
+    "steps": 6,
+    "batch_size": 4,
+    "evaluation_rows": 4,
+    "curve_points": 2,
+    "curve_batches": 1,
+    "probe_batches": 2,
+}
+SMOKE_OPTIONS: dict[str, Any] = {"dim": 16, "depth": 2, "heads": 2, "ff_dim": 16, "hidden": 16}
+
+# Seconds of a step relative to `window`: only for the order of the runs and a first guess of the time left.
+COST: dict[str, float] = {"window": 1.0, "full": 1.0, "transformer-xl": 1.3, "gru": 1.5, "htm": 4.0}
+UNKNOWN_COST = 2.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How one model is trained and evaluated."""
+
+    steps: int = 500
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Rows: sequences of a step, or streams carried from step to step."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW."""
+    warmup: int = 50
+    """Steps of linear warm-up; never more than a quarter of all steps."""
+    decay: float = 1.0
+    """Share of the steps, at the end, over which a cosine lowers the learning rate."""
+    final: float = 0.02
+    """Share of the peak learning rate that is left at the end."""
+    weight_decay: float = 0.01
+    """Decay of matrices; embeddings, norms and scales have none."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's betas."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient."""
+    evaluation_rows: int = 128
+    """Rows evaluated at once."""
+    curve_points: int = 8
+    """Evaluations during training, on the first few evaluation batches."""
+    curve_batches: int = 1
+    """Evaluation batches of a point of the learning curve."""
+    probe_batches: int = 1
+    """Evaluation batches of each test of whether the memory is used."""
+    threads: int = 1
+    """Threads of a run; two runs at once with one thread each are the best use of two cores."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "evaluation_rows", "curve_batches", "probe_batches", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        for name in ("warmup", "curve_points", "weight_decay", "final"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
+        for name in ("learning_rate", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay ({self.decay}) must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One run: everything that changes its numbers."""
+
+    model: str
+    """Name of the member."""
+    task: str
+    """Name of the task."""
+    seed: int
+    """Seed of the weights and of the order of the data."""
+    train: TrainSettings
+    """How it is trained."""
+    model_options: dict[str, Any] = field(default_factory=dict)
+    """Options given to `create_lm`."""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the task's config that differ from its defaults; the id has their `fingerprint`."""
+    fingerprint: str = ""
+    """Hash of the task's data."""
+    code: str = ""
+    """Hash of the code that is trained and that trains it."""
+    libraries: dict[str, str] = field(default_factory=dict)
+    """Versions of the libraries that compute."""
+
+    @property
+    def id(self) -> str:
+        """Name of the run: a hash of all the fields, the task standing for its data wherever they lie."""
+        fields = dataclasses.asdict(self)
+        del fields["task_options"]
+        return run_id(fields)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON; `from_json` gives the same spec with the same id."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RunSpec:
+        """The spec that `to_json` described."""
+        train = {**data["train"], "betas": tuple(data["train"]["betas"])}
+        return cls(**{**data, "train": TrainSettings(**train)})
+
+
+def plan(
+    model: str, task: str, seed: int, *, smoke: bool = False, assignments: Sequence[str] = ()
+) -> RunSpec:
+    """Look up the settings of `model` on `task`, and put `assignments` such as `"steps=100"` on top.
+
+    An assignment names a training setting, an option of the task, or an option of the model, in this
+    order; `train.`, `task.` or `model.` before the name makes it certain.
+
+    Raises:
+        LookupError: if the model or the task is unknown.
+        TypeError, ValueError: if an assignment has no `=`, or its name or value is refused.
+    """
+    from benchmarks.task import tasks
+
+    kind = tasks.load(task)
+    train, task_options, model_options = _sort_assignments(kind, known_options(model), assignments)
+    if smoke:
+        task_options = {**kind.smoke, **task_options}
+    built = cached_task(task, task_options)
+    table = TRAINING.get(task, {})
+    settings = {
+        **table.get(EVERY, {}),
+        **table.get(model, {}),
+        **(SMOKE_TRAINING if smoke else {}),
+        **train,
+    }
+    return RunSpec(
+        model=model,
+        task=task,
+        seed=seed,
+        train=_replace(TrainSettings(), settings),
+        model_options=_model_options(model, task, built, smoke=smoke, chosen=model_options),
+        task_options=task_options,
+        fingerprint=built.fingerprint(),
+        code=source_digest([*_CODE, code_of_model(model), type(built).__module__]),
+        libraries={name: version_of(name) for name in ("torch", "x-transformers")},
+    )
+
+
+_CODE = ("memory_models", "benchmarks.train", "benchmarks.evaluate", "benchmarks.task")
+
+
+def relative_cost(spec: RunSpec) -> float:
+    """A guess of how long the run takes, to start long ones first."""
+    return COST.get(spec.model, UNKNOWN_COST) * spec.train.steps
+
+
+def cached_task(name: str, options: Mapping[str, Any]) -> Task:
+    """The task with these options, made once in a process: making it may mean reading a corpus.
+
+    Raises:
+        LookupError, TypeError, ValueError: as `create_task`.
+    """
+    return _make_task(name, json.dumps(plain(options), sort_keys=True))
+
+
+@functools.lru_cache(maxsize=4)
+def _make_task(name: str, options: str) -> Task:
+    from benchmarks.task import create_task
+
+    return create_task(name, **json.loads(options))
+
+
+def command_of(spec: RunSpec) -> str:
+    """The command that does this run again: the settings that differ from today's are spelt out."""
+    usual = plan(spec.model, spec.task, spec.seed)
+    changes = [
+        *_changes("train", dataclasses.asdict(usual.train), dataclasses.asdict(spec.train)),
+        *_changes("task", usual.task_options, spec.task_options),
+        *_changes("model", usual.model_options, spec.model_options),
+    ]
+    words = ["memory-bench", "run", "--model", spec.model, "--task", spec.task, "--seed", str(spec.seed)]
+    return shlex.join([*words, *(["--set", *changes] if changes else [])])
+
+
+def _changes(scope: str, usual: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    changed = {name: value for name, value in wanted.items() if name not in usual or usual[name] != value}
+    return [f"{scope}.{name}={_text(value)}" for name, value in changed.items()]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) and _value(value) == value else repr(value)
+
+
+def _sort_assignments(
+    task: type[Task], model_names: set[str], assignments: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    from benchmarks.task import option_names
+
+    train: dict[str, Any] = {}
+    of_task: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    scopes = {"train": train, "task": of_task, "model": model}
+    names = [
+        (train, {f.name for f in dataclasses.fields(TrainSettings)}),
+        (of_task, set(option_names(task))),
+        (model, model_names),
+    ]
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name:
+            raise ValueError(f"{assignment!r} is not of the form key=value, such as steps=100")
+        scope, dot, rest = name.partition(".")
+        if dot and scope in scopes:
+            scopes[scope][rest] = _value(text)
+            continue
+        for settings, known in names:
+            if name in known:
+                settings[name] = _value(text)
+                break
+        else:
+            every = set().union(*(known for _, known in names))
+            raise ValueError(f"neither training, task nor model has {name!r}. {nearest(name, every)}")
+    return train, of_task, model
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _replace(settings: TrainSettings, changes: Mapping[str, Any]) -> TrainSettings:
+    names = {f.name for f in dataclasses.fields(TrainSettings)}
+    for name in changes:
+        if name not in names:
+            raise ValueError(f"no training setting {name!r}. {nearest(name, names)}")
+    return dataclasses.replace(settings, **changes)
+
+
+def _model_options(
+    model: str, task: str, built: Task, *, smoke: bool, chosen: Mapping[str, Any]
+) -> dict[str, Any]:
+    table = OPTIONS.get(task, OPTIONS[EVERY])
+    known = known_options(model)
+    common = {
+        "segment_length": built.segment_length,
+        **table.get(EVERY, {}),
+        **(SMOKE_OPTIONS if smoke else {}),
+    }
+    own = {
+        name: value for name, value in table.get(model, {}).items() if not (smoke and name in SMOKE_OPTIONS)
+    }
+    # What every model gets is a wish, for a plug-in need not have it all. The model's own options and the
+    # user's are meant, and a wrong one must be heard of.
+    options = {name: value for name, value in common.items() if name in known} | own | dict(chosen)
+    for name in options:
+        if name not in known:
+            raise ValueError(f"model {model!r} has no option {name!r}. {nearest(name, known)}")
+    return options

@@ -1,0 +1,443 @@
+"""One run: train a model on a task, evaluate it, ask whether its memory is used; stop and go on at will.
+
+A run that was stopped, or killed at any moment, goes on from its checkpoint and ends with the numbers,
+bit by bit, that it would have had without the interruption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from benchmarks.evaluate import MODES, evaluate, segments
+from benchmarks.members import build_model, tags_of
+from benchmarks.provenance import peak_memory, versions
+from benchmarks.results import DIVERGED, FAILED, FINISHED, Record, Results, write_atomically, write_json
+from benchmarks.settings import RunSpec, TrainSettings, cached_task, command_of
+from benchmarks.task import IGNORED, Batch, Task
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.pt"
+LOSS_POINTS = 50
+
+
+class StoppedError(Exception):
+    """The run was asked to stop; its checkpoint is written."""
+
+
+class DivergedError(Exception):
+    """The loss or the gradient is not finite."""
+
+
+class CannotWriteError(OSError):
+    """A result or a checkpoint cannot be written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is."""
+
+    phase: str
+    """`training`, `evaluating` or `probing` (is the memory used?)."""
+    step: int
+    """Optimiser steps done."""
+    steps: int
+    """Optimiser steps in all."""
+    rate: float
+    """Steps per second, over all of the training so far."""
+    loss: float
+    """Training loss of the last step."""
+
+
+def run(
+    spec: RunSpec,
+    results: Results,
+    *,
+    stopped: Callable[[], bool] = lambda: False,
+    progress: Callable[[Progress], None] = lambda _: None,
+    checkpoint_seconds: float = 20.0,
+) -> Record | None:
+    """Do the run, or what is left of it, and add its line to the results.
+
+    Args:
+        spec: what to run.
+        results: where to keep it.
+        stopped: asked after each step; when it says true the run saves itself and ends.
+        progress: told after each step.
+        checkpoint_seconds: how much work an interruption may cost.
+
+    Returns:
+        The line added, whatever its status; None if the run was stopped.
+
+    Raises:
+        CannotWriteError: if the disk refuses; all that was written before is still good.
+        RunBusyError: if another process does this run.
+    """
+    with results.claim(spec.id) as folder:
+        with _writing(folder):
+            write_json(folder / "spec.json", spec.to_json())
+        outcome: Record
+        try:
+            outcome = {
+                "status": FINISHED,
+                **_train_and_evaluate(spec, folder, stopped, progress, checkpoint_seconds),
+            }
+        except StoppedError:
+            return None
+        except CannotWriteError:
+            raise
+        except DivergedError as error:
+            outcome = {"status": DIVERGED, "error": str(error)}
+        except Exception as error:
+            logger.exception("run %s failed", spec.id)
+            outcome = {
+                "status": FAILED,
+                "error": f"{type(error).__name__}: {error}",
+                "traceback": traceback.format_exc().splitlines()[-30:],
+            }
+        record = {**heading(spec), **outcome, "versions": versions()}
+        with _writing(results.lines):
+            results.append(record)
+        if record["status"] == FINISHED:
+            # Only now: until the line is on the disk the checkpoint is all there is.
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+        return record
+
+
+def heading(spec: RunSpec) -> Record:
+    """What every line of the results says about its run, whatever became of it."""
+    return {
+        "id": spec.id,
+        "model": spec.model,
+        "task": spec.task,
+        "seed": spec.seed,
+        "tags": tags_of(spec.model),
+        "command": command_of(spec),
+        "settings": spec.to_json(),
+    }
+
+
+def _train_and_evaluate(
+    spec: RunSpec,
+    folder: Path,
+    stopped: Callable[[], bool],
+    progress: Callable[[Progress], None],
+    checkpoint_seconds: float,
+) -> Record:
+    torch.set_num_threads(spec.train.threads)
+    task = cached_task(spec.task, spec.task_options)
+    torch.manual_seed(spec.seed)
+    before = peak_memory()
+    training = Training(spec, task)
+    training.restore(folder / CHECKPOINT)
+    settings, model = spec.train, training.model
+    saved = time.monotonic()
+
+    def tell(phase: str) -> None:
+        progress(
+            Progress(
+                phase=phase,
+                step=training.step,
+                steps=settings.steps,
+                rate=training.rate,
+                loss=training.last_loss,
+            )
+        )
+        if stopped():
+            training.save(folder / CHECKPOINT)
+            raise StoppedError
+
+    while training.step < settings.steps:
+        training.advance()
+        if time.monotonic() - saved > checkpoint_seconds or training.step == settings.steps:
+            training.save(folder / CHECKPOINT)
+            saved = time.monotonic()
+        tell("training")
+
+    with training.timed("evaluation"):
+        final = evaluate(model, task, rows=settings.evaluation_rows, heartbeat=lambda: tell("evaluating"))
+        memory_use = probe(model, task, settings, heartbeat=lambda: tell("probing"))
+    with _writing(folder):
+        keep_model(model, task, folder)
+    return {
+        "task_facts": describe_task(task),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "state_bytes": final.state_bytes,
+        "memory_bytes": final.memory_bytes,
+        "peak_bytes": peak_memory(),
+        "start_bytes": before,
+        "tokens_per_second": training.tokens / max(training.seconds["training"], 1e-9),
+        "tokens": training.tokens,
+        "seconds": {name: round(value, 3) for name, value in training.seconds.items()},
+        "loss": training.recent_loss,
+        "curve": training.curve,
+        "scores": final.scores,
+        "memory_use": memory_use,
+    }
+
+
+class Training:
+    """The state of a training run, and how it moves by one step.
+
+    Args:
+        spec: the run.
+        task: its data. The weights are drawn from torch's global generator here and now.
+    """
+
+    def __init__(self, spec: RunSpec, task: Task) -> None:
+        self.spec = spec
+        self.task = task
+        self.settings = spec.train
+        self.model: Any = build_model(spec.model, spec.model_options, task.vocab_size)
+        self.optimizer = make_optimizer(self.model, spec.train)
+        self.step = 0
+        self.tokens = 0
+        self.memory: Any = None
+        self.curve: list[dict[str, float | None]] = []
+        self.losses: list[float] = []
+        self.last_loss = math.nan
+        self.seconds = {"training": 0.0, "evaluation": 0.0, "cpu": 0.0}
+
+    @property
+    def rate(self) -> float:
+        """Steps per second."""
+        return self.step / max(self.seconds["training"], 1e-9)
+
+    @property
+    def recent_loss(self) -> float | None:
+        """Mean training loss over the last stretch of the learning curve."""
+        return self.curve[-1]["loss"] if self.curve else None
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to `seconds[name]` and its processor time to `seconds["cpu"]`."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - wall
+            self.seconds["cpu"] += time.process_time() - cpu
+
+    def advance(self) -> None:
+        """One optimiser step, and what the learning curve asks for after it.
+
+        Raises:
+            DivergedError: if the loss or the gradient is not finite; the weights are then as before.
+        """
+        settings = self.settings
+        with self.timed("training"):
+            batch = self.task.batch(seed=self.spec.seed, step=self.step, batch_size=settings.batch_size)
+            self.model.train()
+            memory = self.memory.detach() if self.task.streaming and self.memory is not None else None
+            loss, self.memory = loss_of(self.model, batch, memory)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise DivergedError(f"the loss is {value} at step {self.step + 1} of {settings.steps}")
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip, foreach=True).item()
+            if not math.isfinite(norm):
+                raise DivergedError(
+                    f"the gradient's norm is {norm} at step {self.step + 1} of {settings.steps}"
+                )
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, settings)
+            self.optimizer.step()
+            if not self.task.streaming:
+                self.memory = None
+            self.step += 1
+            self.tokens += batch.tokens.numel()
+            self.losses.append(value)
+            self.last_loss = value
+        self._draw_curve()
+
+    def _draw_curve(self) -> None:
+        settings, step = self.settings, self.step
+        evaluates = _is_mark(step, settings.steps, settings.curve_points)
+        if not (evaluates or _is_mark(step, settings.steps, LOSS_POINTS)):
+            return
+        point: dict[str, float | None] = {"step": step, "loss": sum(self.losses) / len(self.losses)}
+        self.losses = []
+        if evaluates:
+            with self.timed("evaluation"):
+                found = evaluate(
+                    self.model, self.task, rows=settings.evaluation_rows, batches=settings.curve_batches
+                )
+            point["score"] = found.scores[self.task.headline]
+        self.curve.append(point)
+
+    def save(self, path: Path) -> None:
+        """Write all that is needed to go on, atomically.
+
+        Raises:
+            CannotWriteError: if the disk refuses; the checkpoint before still stands.
+        """
+        state = {
+            "id": self.spec.id,
+            "step": self.step,
+            "tokens": self.tokens,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "memory": None if self.memory is None else self.memory.detach().tensors(),
+            "generator": torch.get_rng_state(),
+            "curve": self.curve,
+            "losses": self.losses,
+            "seconds": self.seconds,
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        with _writing(path):
+            write_atomically(path, buffer.getvalue())
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint, if there is one that can be read."""
+        try:
+            state = torch.load(path, weights_only=True)
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            logger.warning("%s cannot be read (%s); the run starts afresh", path, error)
+            return
+        if state["id"] != self.spec.id:
+            raise ValueError(f"{path} belongs to run {state['id']}, not to {self.spec.id}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["memory"] is not None:
+            self.memory = _memory_from(state["memory"], self.model.init_memory(self.settings.batch_size))
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.curve, self.losses, self.seconds = state["curve"], state["losses"], state["seconds"]
+        torch.set_rng_state(state["generator"])
+
+
+def loss_of(model: Any, batch: Batch, memory: Any) -> tuple[Tensor, Any]:
+    """Mean cross-entropy in nats over all that a batch asks, and the memory after it.
+
+    The gradient flows through the memory over all segments of the batch, as far as the model lets it.
+    """
+    total: Any = 0
+    for segment in segments(batch, model.segment_length):
+        out = model(segment.tokens, memory, mask=segment.mask, reset=segment.reset)
+        memory = out.memory
+        total = total + F.cross_entropy(
+            out.logits.flatten(0, 1), segment.labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+    return total / max(batch.asked, 1), memory
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices only: no embeddings, no norms, no scales or biases."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        is_matrix = sum(size > 1 for size in parameter.shape) >= 2
+        (decayed if is_matrix and id(parameter) not in embeddings else others).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    # Fused: small models on a processor are bound by the number of calls.
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, settings: TrainSettings) -> float:
+    """The rate of step number `step`, counted from zero: linear warm-up, constant, cosine decay."""
+    warmup = min(settings.warmup, settings.steps // 4)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    start = max(warmup, round(settings.steps * (1 - settings.decay)))
+    if step < start:
+        return settings.learning_rate
+    done = (step - start) / max(settings.steps - 1 - start, 1)
+    share = settings.final + (1 - settings.final) * (1 + math.cos(math.pi * done)) / 2
+    return settings.learning_rate * share
+
+
+def probe(
+    model: Any, task: Task, settings: TrainSettings, *, heartbeat: Callable[[], None]
+) -> dict[str, Any]:
+    """Whether the memory is used: scores with it carried, taken away, shuffled and frozen.
+
+    Returns:
+        `scores` by mode, and `drop`: how much worse the headline gets in each of the other modes.
+    """
+    scores = {
+        mode: evaluate(
+            model,
+            task,
+            rows=settings.evaluation_rows,
+            batches=settings.probe_batches,
+            mode=mode,
+            heartbeat=heartbeat,
+        ).scores
+        for mode in MODES
+    }
+    sign = 1 if task.metric(task.headline).higher_is_better else -1
+    carried = scores["carried"][task.headline]
+    drop = {mode: sign * (carried - scores[mode][task.headline]) for mode in MODES if mode != "carried"}
+    return {"drop": drop, "scores": scores}
+
+
+def describe_task(task: Task) -> dict[str, Any]:
+    """What a report needs to know of the task, so that it need not make it again."""
+    return {
+        "summary": task.summary,
+        "headline": task.headline,
+        "metrics": [dataclasses.asdict(metric) for metric in task.metrics],
+        "floor": task.floor(),
+        "floor_is": task.floor_is,
+        "chance": task.chance(),
+        "facts": task.facts(),
+    }
+
+
+def keep_model(model: Any, task: Task, folder: Path) -> None:
+    """Write the trained model for later use, and what the task adds to it."""
+    from memory_models.checkpoints import save_model
+
+    save_model(model, folder / "model")
+    task.keep(folder / "model")
+
+
+def _is_mark(step: int, steps: int, points: int) -> bool:
+    """Whether `step` is one of `points` evenly spread over `steps`, the last one included."""
+    return points > 0 and step * points // steps != (step - 1) * points // steps
+
+
+def _memory_from(tensors: dict[str, Tensor], like: Any) -> Any:
+    names = list(like.tensors())
+    if set(names) != set(tensors):
+        raise ValueError("the checkpoint's memory is not the one of this model")
+    _, structure = pytree.tree_flatten(like)
+    return pytree.tree_unflatten([tensors[name] for name in names], structure)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CannotWriteError(
+            f"cannot write {path}: {error.strerror or error}. What was finished is safe; make room, then "
+            "give the same command again"
+        ) from error

@@ -1,0 +1,147 @@
+"""The command as a user types it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from benchmarks.cli import main
+from benchmarks.results import Results
+from tests.benchmarks.tiny import STREAM, TINY
+
+
+def test_a_smoke_comparison_ends_with_table_plots_and_exit_code_0(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--task", "recall", "--models", TINY, "window", "--smoke", "--out", str(tmp_path)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "2 runs" in said
+    assert "drop without memory" in said
+    for name in ("table.md", "table.csv", "accuracy.png", "learning_curves.png", "quality_by_state.png"):
+        assert (tmp_path / name).stat().st_size > 0
+        assert name in said
+    assert "memory-bench compare --task recall" in (tmp_path / "table.md").read_text()
+
+    # Again: nothing is left to do, the report is made anew.
+    lines = (tmp_path / "results.jsonl").read_bytes()
+    (tmp_path / "table.md").unlink()
+    assert main(command) == 0
+    assert "2 of them finished before" in capsys.readouterr().out
+    assert (tmp_path / "results.jsonl").read_bytes() == lines
+    assert (tmp_path / "table.md").exists()
+
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "table.md").read_text() == (tmp_path / "table.md").read_text()
+
+
+def test_a_diverged_run_is_shown_and_the_exit_code_is_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--task", STREAM, "--smoke", "--out", str(tmp_path), "--set", "trouble=nan"]
+    assert main(["compare", "--models", TINY, *options]) == 1
+    said = capsys.readouterr().out
+    assert "(diverged)" in said
+    assert "the loss is nan at step 1 of 6" in said
+    assert "diverged: the loss is nan" in (tmp_path / "table.md").read_text()
+    assert main(["run", "--model", TINY, *options]) == 1
+    assert "DIVERGED" in capsys.readouterr().out
+
+
+def test_run_prints_the_scores_and_is_not_done_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "--model", TINY, "--task", STREAM, "--smoke", "--steps", "4", "--out", str(tmp_path)]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert "mean accuracy" in first
+    [record] = Results(tmp_path).records()
+    assert record["settings"]["train"]["steps"] == 4
+    assert main(command) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert len(Results(tmp_path).records()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "windw", "--task", "recall"], "Did you mean 'window'"),
+        (["--model", TINY, "--task", "recal"], "Did you mean 'recall'"),
+        (["--model", TINY, "--task", "recall", "--set", "steps"], "key=value"),
+        (["--model", TINY, "--task", "recall", "--set", "stepz=3"], "Did you mean 'steps'"),
+        (["--model", TINY, "--task", "recall", "--data", "x"], "no option 'data'"),
+        (["--model", TINY, "--task", "recall", "--set", "model.stepz=3"], "no option 'stepz'"),
+    ],
+)
+def test_wrong_use_is_answered_with_the_way_out(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["run", *words, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "results")
+    assert main(["run", "--model", TINY, "--task", STREAM, "--smoke", "--out", out]) == 1
+    assert out in capsys.readouterr().err
+
+
+def test_an_empty_report_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("what", "shown", "hidden"), [("models", "htm", "recall "), ("tasks", "recall", "htm")]
+)
+def test_list_shows_what_there_is(
+    what: str, shown: str, hidden: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["list", what]) == 0
+    said = capsys.readouterr().out
+    assert shown in said
+    assert hidden not in said
+
+
+@pytest.mark.parametrize("command", ["", "list", "run", "compare", "report"])
+def test_every_option_has_a_line_of_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*([command] if command else []), "--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert "memory-bench" in said
+    if command == "compare":
+        for words in ("Names of models", "Optimiser steps", "Runs at once", "three or more give intervals"):
+            assert words in said
+
+
+def test_speed_is_handed_on_with_its_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    command = ModuleType("benchmarks.speed.command")
+    command.main = lambda words: seen.append(words)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "benchmarks.speed.command", command)
+    assert main(["speed", "--queries", "128"]) == 0
+    assert seen == [["--queries", "128"]]
+
+
+def test_help_and_reports_do_not_wait_for_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, benchmarks.cli, benchmarks.report, benchmarks.plots\n"
+        "assert 'torch' not in sys.modules, 'torch'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_the_extra_packages_the_message_names_the_extra() -> None:
+    code = "import sys; sys.modules['tyro'] = None; import benchmarks.cli"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "pip install 'memory-models[bench]'" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,246 @@
+"""Tables and plots from results, made up so that the right cells are known."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import plots
+from benchmarks.report import (
+    Figure,
+    NothingToReportError,
+    as_csv,
+    count,
+    load,
+    main_metrics,
+    markdown,
+    number,
+    size,
+    table,
+    write_report,
+)
+from benchmarks.results import DIVERGED, FAILED, FINISHED, Results, write_json
+
+GAPS = ("gap 0", "gap 1", "gap 2")
+
+
+def metric(name: str, series: str | None = None) -> dict[str, Any]:
+    return {"name": name, "higher_is_better": True, "unit": "accuracy", "series": series}
+
+
+FACTS = {
+    "summary": "a made-up task",
+    "headline": "mean accuracy",
+    "metrics": [
+        *(metric(f"speed/{place}", "speed") for place in ("slow", "fast")),
+        *(metric(f"mean accuracy/{gap}", "accuracy") for gap in GAPS),
+        metric("worst accuracy"),
+        metric("mean accuracy"),
+    ],
+    "floor": {f"mean accuracy/{gap}": value for gap, value in zip(GAPS, (1.0, 0.25, 0.25), strict=True)},
+    "floor_is": "best without memory (exact)",
+    "chance": {"mean accuracy": 0.25, "mean accuracy/gap 0": None},
+    "facts": {"letters": 26},
+}
+
+
+def record(model: str, seed: int, scores: dict[str, float], **changes: Any) -> dict[str, Any]:
+    return {
+        "id": f"{model}-{seed}",
+        "model": model,
+        "task": "made-up",
+        "seed": seed,
+        "tags": ["control"] if model == "window" else ["family"],
+        "status": FINISHED,
+        "command": f"memory-bench run --model {model} --task made-up --seed {seed}",
+        "settings": {"train": {"steps": 10, "batch_size": 2, "threads": 1}},
+        "versions": {"cpu": "abacus", "torch": "2", "python": "3", "memory-models": "0"},
+        "task_facts": FACTS,
+        "parameters": 89_123,
+        "state_bytes": 0 if model == "window" else 8400.0,
+        "peak_bytes": 3 * 2**28,
+        "tokens_per_second": 25_000.0,
+        "seconds": {"training": 60.0, "evaluation": 5.0, "cpu": 64.0},
+        "loss": 0.1,
+        "curve": [{"step": 5, "loss": 2.0}, {"step": 10, "loss": 1.0 / (seed + 1), "score": 0.5}],
+        "scores": scores,
+        "memory_use": {
+            "drop": {"none": 0.7, "shuffled": 0.6, "frozen": 0.5},
+            "scores": {mode: {"mean accuracy": 0.3} for mode in ("carried", "none", "shuffled", "frozen")},
+        },
+        **changes,
+    }
+
+
+def scores(value: float) -> dict[str, float]:
+    return {entry["name"]: value for entry in FACTS["metrics"]}  # type: ignore[index]
+
+
+def failure(model: str, seed: int, status: str) -> dict[str, Any]:
+    entry = record(model, seed, {})
+    kept = {name: entry[name] for name in ("id", "model", "task", "seed", "tags", "command", "settings")}
+    return {**kept, "status": status, "error": "the loss is nan at step 3 of 10"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    results = Results(tmp_path / "results")
+    results.append(record("window", 0, scores(0.2)))
+    for seed, value in enumerate((0.9, 0.95, 1.0)):
+        if seed == 1:
+            results.append(failure("htm", 1, FAILED))
+        results.append(record("htm", seed, scores(value)))
+    results.append(failure("memxl", 0, DIVERGED))
+    ids = ["window-0", "htm-0", "htm-1", "htm-2", "memxl-0", "gru-0"]
+    runs = [{"id": i, "model": i[:-2], "seed": int(i[-1])} for i in ids]
+    write_json(results.comparison, {"task": "made-up", "command": "memory-bench compare", "runs": runs})
+    return results.folder
+
+
+def cells(folder: Path) -> dict[str, dict[str, str]]:
+    comparison = load(folder)
+    header, *body = table(comparison, metrics=main_metrics(comparison), costs=True)
+    return {line[0]: dict(zip(header, line, strict=True)) for line in body}
+
+
+def test_families_come_first_then_controls_then_floor_and_chance(folder: Path) -> None:
+    assert list(cells(folder)) == ["htm", "memxl (diverged)", "window", "best without memory", "chance"]
+
+
+def test_the_headline_comes_first_then_the_rest_and_its_own_curve(folder: Path) -> None:
+    assert list(cells(folder)["htm"])[:6] == ["model", "mean accuracy", "worst accuracy", *GAPS]
+
+
+def test_cells_are_means_with_an_interval_from_three_seeds_on(folder: Path) -> None:
+    # Student's t for two degrees of freedom, from a printed table.
+    half = 4.303 * statistics.stdev([0.9, 0.95, 1.0]) / math.sqrt(3)
+    assert cells(folder)["htm"]["mean accuracy"] == f"0.950 ± {half:.3f}"
+    assert cells(folder)["window"]["mean accuracy"] == "0.200"
+    assert cells(folder)["memxl (diverged)"]["mean accuracy"] == "–"
+    assert cells(folder)["best without memory"]["gap 1"] == "0.250"
+    assert cells(folder)["best without memory"]["mean accuracy"] == "–"
+    assert cells(folder)["chance"]["mean accuracy"] == "0.250"
+
+
+def test_costs_stand_beside_the_score(folder: Path) -> None:
+    window = cells(folder)["window"]
+    assert window["drop without memory"] == "0.700"
+    assert window["parameters"] == "89.1 k"
+    assert window["state per row"] == "0 B"
+    assert window["peak memory"] == "768 MiB"
+    assert window["tokens/s"] == "25.0 k"
+    assert cells(folder)["htm"]["state per row"].startswith("8.2 KiB")
+
+
+def test_numbers_read_well() -> None:
+    def one(value: float, half: float | None = None) -> Figure:
+        return Figure(mean=value, half_width=half, count=3)
+
+    assert number(one(0.98765)) == "0.988"
+    assert number(one(32.6149, 0.51)) == "32.61 ± 0.51"
+    assert number(one(-0.25)) == "−0.250"
+    assert number(one(-0.0001)) == "0.000"
+    assert number(None) == "–"
+    assert [count(one(v)) for v in (12, 999, 1500, 123_456, 7_720_000)] == [
+        "12",
+        "999",
+        "1.5 k",
+        "123 k",
+        "7.7 M",
+    ]
+    assert [size(one(v)) for v in (100, 2048, 5 * 2**20)] == ["100 B", "2.0 KiB", "5.0 MiB"]
+
+
+def test_a_figure_leaves_out_what_is_not_there() -> None:
+    assert Figure.of([None, math.nan]) is None
+    assert Figure.of([1.0, None, 2.0]) == Figure(mean=1.5, half_width=None, count=2)
+
+
+def test_the_markdown_says_what_went_wrong_and_how_to_do_it_again(folder: Path) -> None:
+    text = markdown(load(folder))
+    assert "memxl seed 0 diverged: the loss is nan at step 3 of 10" in text
+    assert "htm seed 1 failed once, then succeeded" in text
+    assert "gru seed 0 has not ended yet" in text
+    assert "memory-bench run --model htm --task made-up --seed 2" in text
+    assert "Data: letters: 26." in text
+    assert "abacus" in text
+    assert "## speed" in text
+    assert "every segment starts with a fresh memory" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.count("|") == rows[0].count("|") for line in rows[:7])
+
+
+def test_the_csv_holds_the_numbers_in_full(folder: Path) -> None:
+    lines = {line["model"]: line for line in csv.DictReader(io.StringIO(as_csv(load(folder))))}
+    assert float(lines["htm"]["mean accuracy"]) == pytest.approx(0.95)
+    assert float(lines["htm"]["mean accuracy ±"]) == pytest.approx(0.1242, abs=1e-3)
+    assert lines["htm"]["finished"] == "3"
+    assert lines["memxl"]["status"] == "diverged"
+    assert lines["memxl"]["mean accuracy"] == ""
+    assert float(lines["window"]["drop with memory frozen"]) == 0.5
+    assert float(lines["chance"]["mean accuracy"]) == 0.25
+
+
+def test_without_a_comparison_the_last_run_of_each_kind_counts(folder: Path) -> None:
+    (folder / "comparison.json").unlink()
+    Results(folder).append(record("window", 0, scores(0.4), id="window-other"))
+    assert cells(folder)["window"]["mean accuracy"] == "0.400"
+
+
+def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NothingToReportError, match="memory-bench compare"):
+        load(tmp_path)
+
+
+def test_a_comparison_in_which_all_failed_still_has_a_table(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    results.append(failure("htm", 0, DIVERGED))
+    paths = write_report(load(tmp_path), tmp_path)
+    assert [path.name for path in paths] == ["table.md", "table.csv"]
+    assert "htm (diverged)" in (tmp_path / "table.md").read_text()
+
+
+def test_the_report_draws_every_picture(folder: Path, tmp_path: Path) -> None:
+    paths = write_report(load(folder), tmp_path / "report")
+    names = [path.name for path in paths]
+    assert names == [
+        "table.md",
+        "table.csv",
+        "accuracy.png",
+        "speed.png",
+        "learning_curves.png",
+        "quality_by_state.png",
+    ]
+    for path in paths[2:]:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert f"]({path.name})" in paths[0].read_text()
+
+
+def test_a_member_keeps_its_colour(folder: Path) -> None:
+    comparison = load(folder)
+    looks = {row.model: plots._look(comparison, row)["color"] for row in comparison.rows}
+    assert len(set(looks.values())) == len(looks)
+    (folder / "comparison.json").unlink()
+    again = load(folder)
+    assert looks == {row.model: plots._look(again, row)["color"] for row in again.rows}
+
+
+@pytest.mark.parametrize(
+    "values", [[0.5], [1.0, 1.0, 1.0], [0.0, 0.02, 0.5, 0.98, 1.0], [1.0, 0.0, 1.0, 0.99]]
+)
+def test_labels_are_moved_apart_and_keep_their_order(values: list[float]) -> None:
+    places = plots._apart(values, 0.06, 0.0, 1.0)
+    assert all(-1e-9 <= place <= 1 + 1e-9 for place in places)
+    order = sorted(range(len(values)), key=lambda i: places[i])
+    for below, above in itertools.pairwise(order):
+        assert places[above] - places[below] >= 0.06 - 1e-9
+        assert values[above] >= values[below]
+    if len(values) == 1:
+        assert places == values

@@ -1,0 +1,344 @@
+"""One run: its optimiser, its schedule, its interruptions, its tests of whether the memory is used."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import train
+from benchmarks.evaluate import evaluate, segments
+from benchmarks.members import build_model
+from benchmarks.results import DIVERGED, FAILED, FINISHED, Results, RunBusyError, plain
+from benchmarks.settings import RunSpec, TrainSettings, cached_task, command_of, plan
+from benchmarks.task import Batch
+from benchmarks.train import CHECKPOINT, CannotWriteError, learning_rate, loss_of, make_optimizer, run
+from tests.benchmarks.tiny import STREAM, TINY
+
+NUMBERS = ("loss", "curve", "scores", "memory_use", "parameters", "state_bytes", "tokens")
+
+
+def tiny_plan(*assignments: str, task: str = "recall", seed: int = 0) -> RunSpec:
+    return plan(TINY, task, seed, smoke=True, assignments=assignments)
+
+
+def numbers(record: Any) -> dict[str, Any]:
+    assert record["status"] == FINISHED, record
+    # As JSON: there a score that is not defined equals itself.
+    return plain({name: record[name] for name in NUMBERS})
+
+
+def stop_after(calls: int) -> Any:
+    left = iter(range(calls))
+    return lambda: next(left, None) is None
+
+
+@pytest.mark.parametrize("task", ["recall", STREAM])
+def test_a_run_ends_with_scores_costs_and_the_command_that_repeats_it(tmp_path: Path, task: str) -> None:
+    spec = tiny_plan("steps=8", task=task)
+    record = run(spec, Results(tmp_path))
+    assert record is not None
+    assert record["status"] == FINISHED
+    assert set(record["scores"]) == {metric["name"] for metric in record["task_facts"]["metrics"]}
+    assert record["parameters"] == sum(
+        p.numel()
+        for p in build_model(
+            TINY, spec.model_options, cached_task(task, spec.task_options).vocab_size
+        ).parameters()
+    )
+    # Tiny carries one vector; its open segment is empty between segments and carries nothing.
+    vector = 4 * spec.model_options["dim"]
+    assert record["state_bytes"] == vector
+    assert record["memory_bytes"] == 2 * vector + 8
+    assert record["peak_bytes"] > 1e7
+    assert record["tokens_per_second"] > 0
+    assert record["seconds"]["training"] > 0
+    assert [point["step"] for point in record["curve"]] == list(range(1, 9))
+    assert sum("score" in point for point in record["curve"]) == spec.train.curve_points
+    assert {"torch", "python", "memory-models", "cpu"} <= set(record["versions"])
+    assert numbers(Results(tmp_path).latest()[spec.id]) == numbers(record)
+
+
+@pytest.mark.parametrize("task", ["recall", STREAM])
+def test_the_command_in_a_record_plans_the_same_run(task: str) -> None:
+    spec = tiny_plan("steps=9", "train.betas=(0.8,0.9)", "dim=4", task=task, seed=3)
+    words = shlex.split(command_of(spec))
+    assert words[:8] == ["memory-bench", "run", "--model", TINY, "--task", task, "--seed", "3"]
+    again = plan(TINY, task, 3, assignments=words[words.index("--set") + 1 :])
+    assert again.id == spec.id
+
+
+@pytest.mark.parametrize("task", ["recall", STREAM])
+def test_a_run_is_a_function_of_its_spec(tmp_path: Path, task: str) -> None:
+    one, two = (run(tiny_plan(task=task), Results(tmp_path / name)) for name in "ab")
+    assert numbers(one) == numbers(two)
+    other = run(tiny_plan(task=task, seed=1), Results(tmp_path / "c"))
+    assert other is not None
+    assert other["loss"] != numbers(one)["loss"]
+
+
+@pytest.mark.parametrize("task", ["recall", STREAM])
+@pytest.mark.parametrize("calls", [0, 3, 6, 8])
+def test_a_stopped_run_goes_on_to_the_same_numbers(tmp_path: Path, task: str, calls: int) -> None:
+    # Stopped in the training, at its last step, in the evaluation, in the probing.
+    spec = tiny_plan(task=task)
+    whole = run(spec, Results(tmp_path / "whole"))
+    parts = Results(tmp_path / "parts")
+    assert run(spec, parts, stopped=stop_after(calls)) is None
+    assert (parts.run_folder(spec.id) / CHECKPOINT).exists()
+    assert parts.records() == []
+    torch.manual_seed(1234)
+    resumed = run(spec, parts)
+    assert numbers(resumed) == numbers(whole)
+    assert not (parts.run_folder(spec.id) / CHECKPOINT).exists()
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    changes = ["steps=60", "pause=0.01"]
+    command = [sys.executable, "-m", "benchmarks.cli", "run", "--model", TINY, "--task", STREAM, "--smoke"]
+    command += ["--out", str(tmp_path / "killed"), "--checkpoint-seconds", "0", "--set", *changes]
+    spec = tiny_plan(*changes, task=STREAM)
+    checkpoint = Results(tmp_path / "killed").run_folder(spec.id) / CHECKPOINT
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.15)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert Results(tmp_path / "killed").records() == []
+    step = torch.load(checkpoint, weights_only=True)["step"]
+    assert 0 < step < 60
+
+    resumed = run(spec, Results(tmp_path / "killed"))
+    whole = run(tiny_plan(*changes, task=STREAM), Results(tmp_path / "whole"))
+    assert numbers(resumed) == numbers(whole)
+
+
+def test_a_damaged_checkpoint_costs_the_work_but_not_the_run(tmp_path: Path) -> None:
+    spec = tiny_plan()
+    results = Results(tmp_path)
+    assert run(spec, results, stopped=stop_after(2)) is None
+    path = results.run_folder(spec.id) / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:100])
+    assert numbers(run(spec, results)) == numbers(run(spec, Results(tmp_path / "other")))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    record = run(tiny_plan("trouble=nan"), results)
+    assert record is not None
+    assert record["status"] == DIVERGED
+    assert "nan at step 1 of 6" in record["error"]
+    assert results.records()[-1]["status"] == DIVERGED
+
+
+def test_an_error_in_a_model_is_recorded_with_its_traceback(tmp_path: Path) -> None:
+    record = run(tiny_plan("trouble=raise"), Results(tmp_path))
+    assert record is not None
+    assert record["status"] == FAILED
+    assert "broken on purpose" in record["error"]
+    assert any("_have_trouble" in line for line in record["traceback"])
+
+
+def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = tiny_plan()
+    results = Results(tmp_path)
+    assert run(spec, results, stopped=stop_after(2)) is None
+    before = (results.run_folder(spec.id) / CHECKPOINT).read_bytes()
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_atomically", full)
+        with pytest.raises(CannotWriteError, match=r"No space left on device.*same command"):
+            run(spec, results)
+    assert (results.run_folder(spec.id) / CHECKPOINT).read_bytes() == before
+    assert numbers(run(spec, results)) == numbers(run(spec, Results(tmp_path / "other")))
+
+
+def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
+    spec, results = tiny_plan(), Results(tmp_path)
+    with results.claim(spec.id), pytest.raises(RunBusyError, match=spec.id):
+        run(spec, results)
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    record = run(tiny_plan("steps=60", "learning_rate=0.02", "batch_size=16", task=STREAM), Results(tmp_path))
+    assert record is not None
+    losses = [point["loss"] for point in record["curve"]]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_the_gradient_goes_through_all_segments_of_a_sequence() -> None:
+    spec = tiny_plan()
+    task = cached_task("recall", spec.task_options)
+    model = build_model(TINY, spec.model_options, task.vocab_size).eval()
+    batch = task.batch(seed=0, step=0, batch_size=3)
+    embedded = []
+    model.embedding.register_forward_hook(lambda _, __, out: embedded.append(out))
+    loss, memory = loss_of(model, batch, None)
+    gradients = torch.autograd.grad(loss, embedded)
+    assert len(gradients) == batch.tokens.shape[1] // model.segment_length
+    # What the last token of the first segment is worth only later segments can tell.
+    assert gradients[0][:, -1].abs().sum() > 0
+    assert memory.batch_size == 3
+
+
+def test_the_loss_is_the_mean_over_all_that_is_asked() -> None:
+    spec = tiny_plan()
+    task = cached_task("recall", spec.task_options)
+    model = build_model(TINY, spec.model_options, task.vocab_size).eval()
+    batch = task.batch(seed=0, step=0, batch_size=3)
+    memory, terms = None, []
+    length = model.segment_length
+    for start in range(0, batch.tokens.shape[1], length):
+        out = model(batch.tokens[:, start : start + length], memory)
+        memory = out.memory
+        for row in range(3):
+            for t in range(length):
+                label = int(batch.labels[row, start + t])
+                if label != -100:
+                    terms.append(-out.logits[row, t].log_softmax(-1)[label].item())
+    assert loss_of(model, batch, None)[0].item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+
+
+def test_segments_put_a_batch_together_again() -> None:
+    tokens = torch.arange(20).view(2, 10)
+    reset = torch.zeros(2, 10, dtype=torch.bool)
+    reset[1, 7] = True
+    batch = Batch(tokens=tokens, labels=tokens + 1, groups=tokens, reset=reset, mask=tokens > 3)
+    parts = list(segments(batch, 4))
+    assert [part.tokens.shape[1] for part in parts] == [4, 4, 2]
+    for name in ("tokens", "labels", "groups", "reset", "mask"):
+        assert torch.cat([getattr(part, name) for part in parts], 1).equal(getattr(batch, name))
+    of_rows = list(segments(Batch(tokens=tokens, labels=tokens, groups=tokens, reset=reset[:, 7]), 4))
+    assert of_rows[0].reset is not None
+    assert of_rows[0].reset.equal(reset[:, 7])
+    assert of_rows[1].reset is None
+
+
+def test_weight_decay_spares_embeddings_norms_and_scales() -> None:
+    model = torch.nn.ModuleDict(
+        {
+            "embedding": torch.nn.Embedding(5, 4),
+            "linear": torch.nn.Linear(4, 4),
+            "norm": torch.nn.LayerNorm(4),
+        }
+    )
+    model.register_parameter("scale", torch.nn.Parameter(torch.ones(3, 1, 1)))
+    optimizer = make_optimizer(model, TrainSettings(weight_decay=0.3))
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    assert {name for name, p in model.named_parameters() if decay[id(p)]} == {"linear.weight"}
+
+
+def test_the_learning_rate_warms_up_stays_and_falls() -> None:
+    settings = TrainSettings(steps=200, warmup=10, decay=0.25, final=0.1, learning_rate=1.0)
+    rates = [learning_rate(step, settings) for step in range(200)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert set(rates[10:151]) == {1.0}
+    assert all(a > b for a, b in itertools.pairwise(rates[150:]))
+    assert rates[175] == pytest.approx(0.55, abs=0.02)
+    assert rates[-1] == pytest.approx(0.1)
+    cosine = TrainSettings(steps=100, warmup=0, final=0.0)
+    assert learning_rate(50, cosine) == pytest.approx(3e-3 * (1 + math.cos(math.pi * 50 / 99)) / 2)
+
+
+class Parrot:
+    """Answers what it was told a segment ago: right only if its memory is its own and up to date."""
+
+    segment_length = 1
+    training = False
+
+    def eval(self) -> None: ...
+
+    def train(self, mode: bool) -> None: ...
+
+    def init_memory(self, rows: int) -> Any:
+        return self._memory(torch.zeros(rows, dtype=torch.int64))
+
+    def __call__(self, tokens: Any, memory: Any, *, mask: Any = None, reset: Any = None) -> Any:
+        told = self.init_memory(len(tokens)).token if memory is None else memory.token
+        if reset is not None:
+            told = torch.where(reset, 0, told)
+        logits = torch.nn.functional.one_hot(told[:, None], 10).float()
+        return SimpleNamespace(logits=logits, memory=self._memory(tokens[:, 0]))
+
+    def _memory(self, token: Any) -> Any:
+        memory = SimpleNamespace(token=token, batch_size=len(token), nbytes=8 * len(token))
+        memory.tensors = lambda: {"token": memory.token}
+        memory.select = lambda rows: self._memory(token[rows])
+        memory.where = lambda keep, other: self._memory(torch.where(keep, token, other.token))
+        return memory
+
+
+class Counting:
+    """In segment s row r is told 5r + s + 1; hands the answers of all segments to `answer`."""
+
+    streaming = True
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def evaluation(self, *, batch_size: int) -> Any:
+        for s in range(4):
+            told = torch.tensor([[1 + s], [6 + s]])
+            yield Batch(tokens=told, labels=told, groups=told, reset=torch.tensor([s == 0, s == 0]))
+
+    def scorer(self) -> Any:
+        answers: list[list[int]] = []
+        return SimpleNamespace(
+            update=lambda logits, batch: answers.append(logits[:, 0].argmax(-1).tolist()),
+            result=lambda: self.answer(answers) or {},
+        )
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("carried", [[0, 0], [1, 6], [2, 7], [3, 8]]),
+        ("none", [[0, 0], [0, 0], [0, 0], [0, 0]]),
+        ("shuffled", [[0, 0], [6, 1], [7, 2], [8, 3]]),
+        ("frozen", [[0, 0], [1, 6], [1, 6], [1, 6]]),
+    ],
+)
+def test_the_four_ways_to_carry_a_memory(mode: str, expected: list[list[int]]) -> None:
+    seen: list[Any] = []
+    evaluate(Parrot(), Counting(seen.extend), rows=2, mode=mode)  # type: ignore[arg-type]
+    assert seen == expected
+
+
+def test_probes_of_a_model_without_use_for_its_memory_show_no_drop(tmp_path: Path) -> None:
+    # On `stream` the answer is in the token itself.
+    record = run(tiny_plan("steps=80", "learning_rate=0.02", "batch_size=16", task=STREAM), Results(tmp_path))
+    assert record is not None
+    assert set(record["memory_use"]["drop"]) == {"none", "shuffled", "frozen"}
+    for mode, drop in record["memory_use"]["drop"].items():
+        assert drop == pytest.approx(
+            record["memory_use"]["scores"]["carried"]["mean accuracy"]
+            - record["memory_use"]["scores"][mode]["mean accuracy"]
+        )
+
+
+def test_evaluation_leaves_the_training_as_it_was() -> None:
+    spec = tiny_plan()
+    task = cached_task("recall", spec.task_options)
+    model = build_model(TINY, spec.model_options, task.vocab_size)
+    state = torch.get_rng_state()
+    evaluate(model, task, rows=4)
+    assert model.training
+    assert torch.get_rng_state().equal(state)
