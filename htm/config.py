@@ -41,7 +41,8 @@ class HTMConfig(TransformerConfig):
         layers = self.layers_with_memory
         if not layers or len(set(layers)) != len(layers) or not all(0 <= i < self.depth for i in layers):
             raise ValueError(
-                f"memory_layers ({self.memory_layers}) must name different layers between 0 and {self.depth - 1}"
+                f"memory_layers ({self.memory_layers}) must name different layers "
+                f"between 0 and {self.depth - 1}"
             )
 
     @property

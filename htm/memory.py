@@ -62,7 +62,7 @@ class ChunkMemory(Memory):
         Returns:
             The longer memory; when a chunk begins and all slots are taken, the oldest chunk leaves.
         """
-        batch, slots, size, dim = self.contents.shape
+        batch, slots, size, _ = self.contents.shape
         time = new.shape[1]
         if time == 0:
             return self

@@ -33,7 +33,8 @@ class HTM(MemoryModule[HTMMemory]):
         self.differentiable_memory = config.write_gradient
         self.trunk = Trunk(config)
         self.read_norms, self.reads = nn.ModuleList(), nn.ModuleList()
-        for _ in config.layers_with_memory:
+        for layer in config.layers_with_memory:
+            matching = config.matching_layer and layer == config.depth - 1
             self.read_norms.append(nn.RMSNorm(config.dim))
             self.reads.append(
                 HTMAttention(
@@ -44,7 +45,8 @@ class HTM(MemoryModule[HTMMemory]):
                     dim_head=config.memory_dim_head or config.head_width,
                     add_pos_enc=config.positions,
                     detach_memories=not config.write_gradient,
-                    init_scale=config.init_scale,
+                    matching=matching,
+                    init_scale=None if matching else config.init_scale,
                 )
             )
 

@@ -1,0 +1,21 @@
+"""Hierarchical Transformer Memory (Lampinen et al., arXiv 2105.14039)."""
+
+from htm.classic import load_published
+from htm.config import HTMConfig
+from htm.layers import HTMAttention, HTMBlock, chunk_positions, summarize
+from htm.memory import ChunkMemory, HTMMemory
+from htm.model import HTM
+
+__distribution__ = "memory-models"
+
+__all__ = [
+    "HTM",
+    "ChunkMemory",
+    "HTMAttention",
+    "HTMBlock",
+    "HTMConfig",
+    "HTMMemory",
+    "chunk_positions",
+    "load_published",
+    "summarize",
+]

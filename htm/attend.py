@@ -1,0 +1,240 @@
+"""The inner attention of the HTM read, over chosen chunks that are gathered a few queries at a time.
+
+A custom operator, so that `torch.compile` and `torch.export` keep its blocks as they are, and so that the
+backward can gather the chosen memories a second time instead of keeping a copy of them.
+"""
+
+# axes: b batch, i queries, m chunks, k chosen chunks, c places in a chunk, n tokens, h heads, d dim;
+# r queries of one block. With `matching` there are two folded queries a head: g = 2 h, else g = h.
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Bytes of gathered memories held at a time. On a CPU they should stay in cache, and fresh pages are what
+# large temporaries cost most; elsewhere the blocks only have to be large enough to fill the device.
+CPU_BLOCK_BYTES = 2 * 2**20
+DEVICE_BLOCK_BYTES = 128 * 2**20
+
+
+@torch.library.custom_op(
+    "memory_models::htm_attend",
+    mutates_args=(),
+    schema="(Tensor queries, Tensor weights, Tensor chosen, Tensor tokens, Tensor? positions, "
+    "Tensor? places, int chunk_size, bool matching, bool keep) -> (Tensor, Tensor)",
+)
+def attend(
+    queries: Tensor,  # [b, i, g, d], scaled, with the key projection folded in
+    weights: Tensor,  # [b, i, k]
+    chosen: Tensor,  # [b, i, k]
+    tokens: Tensor,  # [b, n, d]
+    positions: Tensor | None,  # [c, d]
+    places: Tensor | None,  # bool [b, i, k, c], false at a place that must not be read
+    chunk_size: int,
+    matching: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sums `[b, i, h, d]` of memories, and their weights inside the chunks if `keep`.
+
+    The paper's read, where `weights` sum to 1 over the chosen chunks:
+    `out = sum over k of weights_k * softmax(queries . (chunk_k + positions)) . (chunk_k + positions)`.
+
+    With `matching`, where `weights` are scores of the chunks: one softmax over all places of the chosen
+    chunks, `softmax(own . token_j + previous . token_{j-1} + weights_k)`, the queries being `own` for all
+    heads, then `previous` for all heads.
+    """
+    b, i, g, d = queries.shape
+    h, k, c = g // 2 if matching else g, chosen.shape[2], chunk_size
+    flat_queries, flat_weights = queries.flatten(0, 1), weights.flatten(0, 1)
+    out = queries.new_empty(b * i, h, d)
+    kept = queries.new_empty(b * i if keep else 0, h, k, c)
+    with torch.autocast(queries.device.type, enabled=False):
+        for block, gathered, hidden, _ in _gathered_blocks(queries, chosen, tokens, places, c):
+            query, weight = flat_queries[block], flat_weights[block][:, None, :, None]
+            scores = torch.bmm(query, gathered.mT).view(len(query), g, k, c)
+            if matching:
+                scores, shifted = scores[:, :h] + weight, scores[:, h:]
+                scores[..., 1:] += shifted[..., :-1]
+            if positions is not None:
+                scores += (query @ positions.mT)[:, :, None]
+            if hidden is not None:
+                scores.masked_fill_(hidden[:, None], torch.finfo(scores.dtype).min)
+            exact = torch.promote_types(scores.dtype, torch.float32)
+            if matching:
+                inside = scores.flatten(2).softmax(dim=-1, dtype=exact).view(scores.shape).to(scores.dtype)
+                attention = inside
+            else:
+                inside = scores.softmax(dim=-1, dtype=exact).to(scores.dtype)
+                attention = inside * weight
+            if keep:
+                kept[block] = inside
+            torch.bmm(attention.flatten(2), gathered, out=out[block])
+            if positions is not None:
+                out[block] += attention.sum(dim=2) @ positions
+    return out.view(b, i, h, d), kept
+
+
+@torch.library.custom_op(
+    "memory_models::htm_attend_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor queries, Tensor weights, Tensor chosen, Tensor tokens, Tensor? positions, "
+    "Tensor? places, Tensor kept, int chunk_size, bool matching, bool into_tokens) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _attend_backward(
+    grad: Tensor,
+    queries: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    tokens: Tensor,
+    positions: Tensor | None,
+    places: Tensor | None,
+    kept: Tensor,
+    chunk_size: int,
+    matching: bool,
+    into_tokens: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attend` for queries, weights and, if `into_tokens`, tokens (else an empty tensor)."""
+    b, i, g, d = queries.shape
+    h, k, c = g // 2 if matching else g, chosen.shape[2], chunk_size
+    flat_grad, flat_queries, flat_weights = grad.flatten(0, 1), queries.flatten(0, 1), weights.flatten(0, 1)
+    query_grad = queries.new_empty(b * i, g, d)
+    weight_grad = weights.new_empty(b * i, k)
+    token_grad = torch.zeros_like(tokens).flatten(0, 1) if into_tokens else tokens.new_empty(0)
+    with torch.autocast(queries.device.type, enabled=False):
+        for block, gathered, _, index in _gathered_blocks(queries, chosen, tokens, places, c):
+            out_grad, inside = flat_grad[block], kept[block]
+            inside_grad = torch.bmm(out_grad, gathered.mT).view(len(out_grad), h, k, c)
+            if positions is not None:
+                inside_grad += (out_grad @ positions.mT)[:, :, None]
+            product = inside * inside_grad
+            if matching:
+                attention = inside
+                total = product.sum(dim=(2, 3), keepdim=True)
+                own = product.addcmul_(inside, total, value=-1)
+                weight_grad[block] = own.sum(dim=(1, 3))
+                # what a token's score took from the token before goes back to that one
+                score_grad = torch.cat((own, F.pad(own[..., 1:], (0, 1))), dim=1)
+            else:
+                weight = flat_weights[block][:, None, :, None]
+                attention = inside * weight
+                total = product.sum(dim=-1, keepdim=True)
+                weight_grad[block] = total.sum(dim=(1, 3))
+                score_grad = product.addcmul_(inside, total, value=-1).mul_(weight)
+            torch.bmm(score_grad.flatten(2), gathered, out=query_grad[block])
+            if positions is not None:
+                query_grad[block] += score_grad.sum(dim=2) @ positions
+            if into_tokens:
+                gathered_grad = torch.bmm(attention.flatten(2).mT, out_grad)
+                gathered_grad.baddbmm_(score_grad.flatten(2).mT, flat_queries[block])
+                token_grad.index_add_(0, index, gathered_grad.flatten(0, 1).to(tokens.dtype))
+    if into_tokens:
+        token_grad = token_grad.view(tokens.shape)
+    return query_grad.view(b, i, g, d), weight_grad.view(b, i, k), token_grad
+
+
+def in_flat_batch(index: Tensor, length: int) -> Tensor:
+    """Indices `[b, i, k]` into the rows of `[b, length, ...]`, as indices into `[b length, ...]`."""
+    if index.shape[0] == 1:
+        return index
+    return index + (torch.arange(index.shape[0], device=index.device) * length).view(-1, 1, 1)
+
+
+def _gathered_blocks(
+    queries: Tensor, chosen: Tensor, tokens: Tensor, places: Tensor | None, chunk_size: int
+) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
+    """The chosen chunks, some queries at a time.
+
+    Yields a slice `r` of the `b * i` queries; their chunks `[r, k c, d]`, zero at places that must not be
+    read, in a buffer that the next step overwrites; bool `[r, k, c]` at those places (None: there are
+    none); and the index of each token in `[b n, d]`, `[r k c]`.
+    """
+    (b, i, k), (_, n, d), c = chosen.shape, tokens.shape, chunk_size
+    cpu = tokens.device.type == "cpu"
+    limit = CPU_BLOCK_BYTES if cpu else DEVICE_BLOCK_BYTES
+    step = max(1, limit // max(1, k * c * d * tokens.element_size()))
+    flat_tokens = tokens.flatten(0, 1)
+    place = torch.arange(c, device=chosen.device)
+    first = in_flat_batch(chosen * c, n).flatten(0, 1)
+    # the last chunk may be cut short: what is clamped is hidden by `places`
+    last = None
+    if n % c != 0:
+        last = in_flat_batch(torch.full_like(chosen, n - 1), n).flatten(0, 1)
+    buffer = tokens.new_empty(min(step, b * i) * k * c, d)
+    for start in range(0, b * i, step):
+        block = slice(start, min(start + step, b * i))
+        index = first[block][..., None] + place
+        if last is not None:
+            index = torch.minimum(index, last[block][..., None])
+        index = index.flatten()
+        rows = block.stop - block.start
+        gathered = torch.index_select(flat_tokens, 0, index, out=buffer[: rows * k * c]).view(rows, k * c, d)
+        gathered = gathered.to(queries.dtype)
+        hidden = None
+        if places is not None:
+            hidden = ~places.flatten(0, 1)[block]
+            # asking is cheap on a CPU and would wait for the queue elsewhere
+            if cpu and not hidden.any():
+                hidden = None
+            else:
+                gathered.masked_fill_(hidden.flatten(1)[..., None], 0)
+        yield block, gathered, hidden, index
+
+
+@attend.register_fake
+def _(
+    queries: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    tokens: Tensor,
+    positions: Tensor | None,
+    places: Tensor | None,
+    chunk_size: int,
+    matching: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    b, i, g, d = queries.shape
+    h = g // 2 if matching else g
+    kept = queries.new_empty(b * i if keep else 0, h, chosen.shape[2], chunk_size)
+    return queries.new_empty(b, i, h, d), kept
+
+
+@_attend_backward.register_fake
+def _(
+    grad: Tensor,
+    queries: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    tokens: Tensor,
+    positions: Tensor | None,
+    places: Tensor | None,
+    kept: Tensor,
+    chunk_size: int,
+    matching: bool,
+    into_tokens: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    token_grad = tokens.new_empty(tokens.shape if into_tokens else 0)
+    return queries.new_empty(queries.shape), weights.new_empty(weights.shape), token_grad
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    queries, weights, chosen, tokens, positions, places, chunk_size, matching, _ = inputs
+    ctx.save_for_backward(queries, weights, chosen, tokens, positions, places, output[1])
+    ctx.chunk_size, ctx.matching = chunk_size, matching
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
+    into_tokens = ctx.needs_input_grad[3]
+    query_grad, weight_grad, token_grad = _attend_backward(
+        grad, *ctx.saved_tensors, ctx.chunk_size, ctx.matching, into_tokens
+    )
+    return query_grad, weight_grad, None, token_grad if into_tokens else None, *[None] * 5
+
+
+attend.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -1,0 +1,479 @@
+"""Hierarchical Transformer Memory, the read: choose chunks by their summaries, then attend inside them.
+
+Lampinen et al., "Towards mental time travel: a hierarchical memory for reinforcement learning agents"
+(arXiv 2105.14039); formulas as in the authors' released code.
+
+The gathered memories are never projected. With one key and one value projection per head,
+`(x Wq)(y Wk)^T = (x Wq Wk^T) y^T` and `sum_j a_j (y_j Wv) = (sum_j a_j y_j) Wv`, so the key projection
+moves into the query and the value projection behind the weighted sum: two products with `heads` rows per
+chunk instead of one with `2 * heads * dim_head` columns per token. The sinusoidal positions, which the
+formula adds to every memory, become one product with the position table.
+"""
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from htm import attend as inner
+from memory_models.transformer import MATCHING_SCALE
+
+__all__ = ["HTMAttention", "HTMBlock", "chunk_positions", "summarize"]
+
+
+def chunk_positions(
+    chunk_size: int, dim: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Sinusoidal positions `[chunk_size, dim]` of a chunk's places, counted back from its end.
+
+    The last place of a chunk, where a full chunk has its newest token, is position 0. A token keeps its
+    position while its chunk fills. Sines stand in the first half, cosines in the second; an odd `dim`
+    drops the last cosine.
+    """
+    # half precision cannot tell the larger angles apart: build in float32 or better, then round once
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    position = torch.arange(chunk_size - 1, -1, -1, device=device, dtype=exact)
+    frequency = 1e4 ** (-torch.arange(0, dim, 2, device=device, dtype=exact) / dim)
+    angle = position[:, None] * frequency
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)[:, :dim].to(dtype)
+
+
+def summarize(memories: Tensor, chunk_size: int, *, mask: Tensor | None = None) -> Tensor:
+    """Mean of each chunk's valid tokens.
+
+    Args:
+        memories: `[batch, time, dim]`, cut into chunks from the oldest; the last may be partial.
+        chunk_size: tokens in a chunk.
+        mask: bool `[batch, time]`, false where a token must not count, whatever it holds.
+
+    Returns:
+        `[batch, chunks, dim]`; zero for a chunk without a valid token.
+    """
+    batch, time, dim = memories.shape
+    whole = time // chunk_size * chunk_size
+    parts = []
+    # the chunks as a view: padding the memories to whole chunks would copy them
+    for start, stop, width in ((0, whole, chunk_size), (whole, time, time - whole)):
+        if start == stop:
+            continue
+        shape = ((stop - start) // width, width)
+        chunks = memories[:, start:stop].unflatten(1, shape)
+        if mask is None:
+            parts.append(chunks.mean(dim=2))
+        else:
+            parts.append(_masked_mean(chunks, mask[:, start:stop].unflatten(1, shape)))
+    if not parts:
+        return memories.new_zeros(batch, 0, dim)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _masked_mean(chunks: Tensor, mask: Tensor) -> Tensor:
+    batch, count, width, dim = chunks.shape
+    # a few chunks at a time: the copy without the masked tokens stays small, and valid ones need none
+    blockwise = chunks.device.type == "cpu" and not torch.compiler.is_compiling()
+    blockwise = blockwise and not (torch.is_grad_enabled() and chunks.requires_grad)
+    chunk_bytes = max(1, batch * width * dim * chunks.element_size())
+    step = max(1, inner.CPU_BLOCK_BYTES // chunk_bytes) if blockwise else count
+    means = []
+    for start in range(0, count, step):
+        block, valid = chunks[:, start : start + step], mask[:, start : start + step]
+        if blockwise and valid.all():
+            means.append(block.mean(dim=2))
+            continue
+        # where, not multiply: what stands at a masked token may be NaN
+        kept = torch.where(valid[..., None], block, 0)
+        total = kept.sum(dim=2, dtype=torch.promote_types(chunks.dtype, torch.float32))
+        means.append((total / valid.sum(dim=2).clamp(min=1)[..., None]).to(chunks.dtype))
+    return means[0] if len(means) == 1 else torch.cat(means, dim=1)
+
+
+class HTMAttention(nn.Module):
+    """Attention from queries to a chunked memory, in two levels (HTM, arXiv 2105.14039).
+
+    Each query scores the chunks by their summaries (the mean of the chunk), takes the best `topk_mems`,
+    attends inside each of them with one multi-head attention, and sums the results weighted by the softmax
+    over the chosen scores. Positions inside the chunk are added to keys and values (`chunk_positions`).
+
+    A query that can see nothing (empty memory, every token masked, every chunk forbidden) gets exactly
+    zero: neither memory nor output bias. No gradient reaches the memories, as in the original; queries and
+    weights get theirs. There is no causal mask inside a chunk: hide a chunk that a query may not see.
+
+    Args:
+        dim: width of queries and memories.
+        heads: heads of the attention inside a chunk.
+        topk_mems: chunks read per query; fewer where there are fewer.
+        mem_chunk_size: tokens in a chunk.
+        dim_head: width of a head.
+        add_pos_enc: add sinusoidal positions inside the chunk.
+        eps: accepted for the published signature, without effect: means divide by the exact count.
+        detach_memories: false lets gradients through to the memories.
+        summary_bias: learn a bias on the summary queries, as the published package has it. (Its bias on
+            the summary keys adds the same to every score of a query and so changes nothing.)
+        matching: build the read for finding places whose context looked like the query's (an option of
+            ours): queries of learned length, one softmax over all places of the chosen chunks, keys from
+            the token before (a learned mix per channel, within the chunk), key weights started equal to
+            the query weights. Wants memories of unit mean square; positions are not added.
+        init_scale: variance scaling of the query and key projections; the original has 2.0. None keeps
+            torch's default for `nn.Linear`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        topk_mems: int = 2,
+        mem_chunk_size: int = 32,
+        dim_head: int = 64,
+        add_pos_enc: bool = True,
+        eps: float = 1e-5,
+        *,
+        detach_memories: bool = True,
+        summary_bias: bool = False,
+        matching: bool = False,
+        init_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"dim": dim, "heads": heads, "topk_mems": topk_mems}
+        sizes |= {"mem_chunk_size": mem_chunk_size, "dim_head": dim_head}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} ({size}) must be at least 1")
+        self.dim = dim
+        self.heads = heads
+        self.topk_mems = topk_mems
+        self.mem_chunk_size = mem_chunk_size
+        self.dim_head = dim_head
+        self.add_pos_enc = add_pos_enc and not matching
+        self.matching = matching
+        self.detach_memories = detach_memories
+        inner = heads * dim_head
+        self.summary_query = nn.Linear(dim, dim, bias=summary_bias)
+        self.summary_key = nn.Linear(dim, dim, bias=False)
+        self.query = nn.Linear(dim, inner, bias=False)
+        self.key = nn.Linear(dim, inner, bias=False)
+        self.value = nn.Linear(dim, inner, bias=False)
+        self.out = nn.Linear(inner, dim)
+        if init_scale is not None:
+            for layer in (self.summary_query, self.summary_key, self.query, self.key):
+                std = math.sqrt(init_scale / dim)
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+        if matching:
+            self.log_scale = nn.Parameter(torch.full((heads, 1), math.log(MATCHING_SCALE)))
+            self.summary_log_scale = nn.Parameter(torch.tensor(math.log(MATCHING_SCALE)))
+            self.mix_own = nn.Parameter(torch.full((dim,), 0.1))
+            self.mix_previous = nn.Parameter(torch.ones(dim))
+            with torch.no_grad():
+                self.key.weight.copy_(self.query.weight)
+                self.summary_key.weight.copy_(self.summary_query.weight)
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, heads={self.heads}, topk_mems={self.topk_mems}, "
+            f"mem_chunk_size={self.mem_chunk_size}, dim_head={self.dim_head}, add_pos_enc={self.add_pos_enc}"
+        )
+
+    def forward(
+        self,
+        queries: Tensor,
+        memories: Tensor,
+        mask: Tensor | None = None,
+        chunk_attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Read `memories`, oldest first, cut into chunks from the oldest (the last may be partial).
+
+        Chunk borders stay where they are as the memory grows. Passing no mask equals one that is all true.
+
+        Args:
+            queries: `[batch, queries, dim]`.
+            memories: `[batch, time, dim]`, any length, none too.
+            mask: bool `[batch, time]`, false at tokens that must not be read, whatever they hold.
+            chunk_attn_mask: bool `[batch, queries, chunks]`, false where a query must not read a chunk;
+                `chunks = ceil(time / mem_chunk_size)`.
+
+        Returns:
+            `[batch, queries, dim]`, exactly zero for a query that can see nothing.
+
+        Raises:
+            ValueError: if a rank, width, batch size, mask shape or mask dtype does not fit.
+        """
+        self._check_queries(queries)
+        _check_floating("memories", memories, ("batch", "time", "dim"), (queries.shape[0], None, self.dim))
+        batch, time, _ = memories.shape
+        chunks = -(-time // self.mem_chunk_size)
+        if mask is not None:
+            _check_mask("mask", mask, ("batch", "time"), (batch, time))
+        if chunk_attn_mask is not None:
+            expected = (batch, queries.shape[1], chunks)
+            _check_mask("chunk_attn_mask", chunk_attn_mask, ("batch", "queries", "chunks"), expected)
+        if self.detach_memories:
+            memories = memories.detach()
+        summaries = summarize(memories, self.mem_chunk_size, mask=mask)
+        lengths = None
+        if mask is not None:
+            pad = chunks * self.mem_chunk_size - time
+            mask = F.pad(mask, (0, pad)).unflatten(1, (chunks, self.mem_chunk_size))
+        elif time % self.mem_chunk_size:
+            first = torch.arange(0, time, self.mem_chunk_size, device=memories.device)
+            lengths = (time - first).clamp(max=self.mem_chunk_size).expand(batch, -1)
+        return self._read(queries, memories, summaries, lengths, mask, chunk_attn_mask)
+
+    def read(
+        self,
+        queries: Tensor,
+        contents: Tensor,
+        summaries: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        chunk_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Read chunks whose summaries are at hand: what one step against a streaming memory costs.
+
+        Touches the summaries and the chosen chunks, nothing else of the memory. The order of the chunks
+        does not matter, so a ring buffer can be passed as it lies.
+
+        Args:
+            queries: `[batch, queries, dim]`.
+            contents: `[batch, chunks, mem_chunk_size, dim]`, contiguous (anything else is copied).
+            summaries: `[batch, chunks, dim]`, the means of the chunks (`summarize`).
+            lengths: integer `[batch, chunks]`, the tokens that a chunk holds, from its first place on; 0 for
+                a chunk not yet written. None: all are full.
+            mask: bool `[batch, chunks, mem_chunk_size]`, false at tokens that must not be read.
+            chunk_mask: bool `[batch, queries or 1, chunks]`, false where a query must not read a chunk.
+
+        Returns:
+            `[batch, queries, dim]`, exactly zero for a query that can see nothing.
+
+        Raises:
+            ValueError: if a rank, width, batch size, mask shape or mask dtype does not fit.
+        """
+        self._check_queries(queries)
+        batch, size, dim = queries.shape[0], self.mem_chunk_size, self.dim
+        axes = ("batch", "chunks", "mem_chunk_size", "dim")
+        _check_floating("contents", contents, axes, (batch, None, size, dim))
+        chunks = contents.shape[1]
+        _check_floating("summaries", summaries, ("batch", "chunks", "dim"), (batch, chunks, dim))
+        if lengths is not None:
+            if lengths.is_floating_point() or lengths.dtype == torch.bool:
+                raise ValueError(f"lengths must be integers, got {lengths.dtype}; count the tokens per chunk")
+            _check_shape("lengths", lengths, ("batch", "chunks"), (batch, chunks))
+        if mask is not None:
+            _check_mask("mask", mask, ("batch", "chunks", "mem_chunk_size"), (batch, chunks, size))
+        if chunk_mask is not None:
+            rows = 1 if chunk_mask.ndim == 3 and chunk_mask.shape[1] == 1 else queries.shape[1]
+            _check_mask("chunk_mask", chunk_mask, ("batch", "queries", "chunks"), (batch, rows, chunks))
+        if lengths is not None and mask is not None:
+            place = torch.arange(size, device=lengths.device)
+            mask, lengths = mask & (place < lengths[..., None]), None
+        if self.detach_memories:
+            contents, summaries = contents.detach(), summaries.detach()
+        return self._read(queries, contents.flatten(1, 2), summaries, lengths, mask, chunk_mask)
+
+    # axes below: b batch, i queries, m chunks, k chosen chunks, c places in a chunk, n tokens,
+    # h heads, e width of a head, d dim
+    def _read(
+        self,
+        queries: Tensor,  # [b, i, d]
+        tokens: Tensor,  # [b, n, d], chunk after chunk, the last may be cut short
+        summaries: Tensor,  # [b, m, d]
+        lengths: Tensor | None,  # [b, m], at most one of these two
+        mask: Tensor | None,  # [b, m, c]
+        chunk_mask: Tensor | None,  # [b, 1 or i, m]
+    ) -> Tensor:
+        b, i, _ = queries.shape
+        m, c = summaries.shape[1], self.mem_chunk_size
+        available = _all_of(
+            None if lengths is None else (lengths > 0)[:, None],
+            None if mask is None else mask.any(dim=-1)[:, None],
+            chunk_mask,
+        )
+        if m == 0:
+            available = summaries.new_ones(b, i, 0, dtype=torch.bool)
+        chosen, scores, allowed = _choose(self._summary_queries(queries), summaries, available, self.topk_mems)
+        folded = self._folded_queries(queries)
+        mixed, _ = inner.attend(
+            folded,
+            scores.to(folded.dtype) if self.matching else _weights(scores, allowed).to(folded.dtype),
+            chosen,
+            tokens,
+            _positions(c, folded) if self.add_pos_enc else None,
+            _readable(chosen, allowed, lengths, mask, c),
+            c,
+            self.matching,
+            torch.is_grad_enabled(),
+        )  # [b, i, h, d]
+        values = self.value.weight.view(self.heads, self.dim_head, self.dim).mT  # [h, d, e]
+        by_head = mixed.flatten(0, 1).transpose(0, 1) @ values
+        out = self.out(by_head.transpose(0, 1).reshape(b, i, self.heads * self.dim_head))
+        if allowed is not None:
+            # where, not multiply; and the output bias goes too: nothing read, nothing said
+            out = torch.where(allowed.any(dim=-1, keepdim=True), out, 0)
+        return out
+
+    def _summary_queries(self, queries: Tensor) -> Tensor:
+        # [b, i, d], to be multiplied with the summaries: the key projection folded in
+        asked = self.summary_query(queries)
+        if not self.matching:
+            return (asked * self.dim**-0.5) @ self.summary_key.weight
+        asked = F.normalize(asked, dim=-1) * (self.summary_log_scale.exp() / _key_length(self.dim))
+        # a chunk's mean over the tokens before is, but for its ends, that over its own
+        return (asked @ self.summary_key.weight) * (self.mix_own + self.mix_previous)
+
+    def _folded_queries(self, queries: Tensor) -> Tensor:
+        # [b, i, h, d], to be multiplied with memories: the key projection folded in; for matching those for
+        # the token itself, then those for the token before, [b, i, 2 h, d]
+        b, i, _ = queries.shape
+        asked = self.query(queries).view(b * i, self.heads, self.dim_head)
+        if self.matching:
+            asked = F.normalize(asked, dim=-1) * (self.log_scale.exp() / _key_length(self.dim_head))
+        else:
+            asked = asked * self.dim_head**-0.5
+        folded = asked.transpose(0, 1) @ self.key.weight.view(self.heads, self.dim_head, self.dim)
+        folded = folded.transpose(0, 1)
+        if self.matching:
+            folded = torch.cat((folded * self.mix_own, folded * self.mix_previous), dim=1)
+        return folded.reshape(b, i, folded.shape[1], self.dim)
+
+    def _check_queries(self, queries: Tensor) -> None:
+        _check_floating("queries", queries, ("batch", "queries", "dim"), (None, None, self.dim))
+
+
+class HTMBlock(nn.Module):
+    """Pre-norm residual read: `queries + attention(norm(queries), memories)` (arXiv 2105.14039, fig. 1).
+
+    Args:
+        dim: width of queries and memories.
+        options: the other arguments of `HTMAttention`.
+    """
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attn = HTMAttention(dim, **options)
+
+    def forward(
+        self,
+        queries: Tensor,
+        memories: Tensor,
+        mask: Tensor | None = None,
+        chunk_attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """As `HTMAttention.forward`; a query that can see nothing comes back unchanged."""
+        return queries + self.attn(self.norm(queries), memories, mask, chunk_attn_mask)
+
+
+def _choose(
+    summary_queries: Tensor, summaries: Tensor, available: Tensor | None, topk: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The best chunks of each query.
+
+    Returns:
+        Their indices and scores `[b, i, k]`, and which of them may be read, None if all.
+    """
+    summaries = summaries.to(summary_queries.dtype)
+    with torch.no_grad():
+        scores = summary_queries @ summaries.mT
+        if available is not None:
+            scores = torch.where(available, scores, -math.inf)
+        best, chosen = scores.topk(min(topk, scores.shape[-1]))
+        allowed = None if available is None else available.expand(scores.shape).gather(-1, chosen)
+    if torch.is_grad_enabled():
+        # once more with gradient, for the few chosen instead of for all
+        picked = _pick(summaries, chosen)
+        if allowed is not None:
+            # in the backward too, a NaN in a forbidden summary must not meet a zero
+            picked = torch.where(allowed[..., None], picked, 0)
+        best = (picked @ summary_queries[..., None]).squeeze(-1)
+    if allowed is not None:
+        best = best.masked_fill(~allowed, torch.finfo(best.dtype).min)
+    return chosen, best, allowed
+
+
+def _weights(scores: Tensor, allowed: Tensor | None) -> Tensor:
+    """Softmax over the chosen chunks' scores `[b, i, k]`, zero for a chunk that must not be read."""
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights if allowed is None else torch.where(allowed, weights, 0)
+
+
+def _key_length(width: int) -> float:
+    # the length of a key as torch's default weights make it from a memory of unit mean square
+    return math.sqrt(width / 3)
+
+
+def _readable(
+    chosen: Tensor, allowed: Tensor | None, lengths: Tensor | None, mask: Tensor | None, chunk_size: int
+) -> Tensor | None:
+    """Bool `[b, i, k, c]`: the places of the chosen chunks that may be read; None when all may."""
+    if allowed is None:
+        return None
+    if mask is not None:
+        return allowed[..., None] & _pick(mask, chosen)
+    if lengths is not None:
+        place = torch.arange(chunk_size, device=lengths.device)
+        return allowed[..., None] & (place < _pick(lengths, chosen)[..., None])
+    return allowed[..., None].expand(*allowed.shape, chunk_size)
+
+
+def _pick(chunks: Tensor, chosen: Tensor) -> Tensor:
+    """From `[b, m, ...]` the chosen `[b, i, k]`, as `[b, i, k, ...]`."""
+    rows = inner.in_flat_batch(chosen, chunks.shape[1])
+    return chunks.flatten(0, 1).index_select(0, rows.flatten()).view(*chosen.shape, *chunks.shape[2:])
+
+
+def _positions(chunk_size: int, like: Tensor) -> Tensor:
+    dim, dtype = like.shape[-1], like.dtype
+    if like.device.type != "cpu" or torch.compiler.is_compiling() or dtype not in _NUMPY_DTYPES:
+        return chunk_positions(chunk_size, dim, device=like.device, dtype=dtype)
+    return torch.from_numpy(_position_array(chunk_size, dim, _NUMPY_DTYPES[dtype]))
+
+
+_NUMPY_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+
+
+# `chunk_positions` once for all calls: building it costs as much as reading a chunk. An array, because a
+# cached tensor would carry inference mode or a fake-tensor mode into later calls.
+@functools.lru_cache(maxsize=64)
+def _position_array(chunk_size: int, dim: int, dtype: str) -> np.ndarray:
+    angle = np.arange(chunk_size - 1.0, -1.0, -1.0)[:, None] * 1e4 ** (-np.arange(0.0, dim, 2.0) / dim)
+    return np.concatenate((np.sin(angle), np.cos(angle)), axis=1)[:, :dim].astype(dtype, order="C")
+
+
+def _all_of(*masks: Tensor | None) -> Tensor | None:
+    given = [mask for mask in masks if mask is not None]
+    if not given:
+        return None
+    combined = given[0]
+    for mask in given[1:]:
+        combined = combined & mask
+    return combined
+
+
+def _check_floating(
+    name: str, tensor: Tensor, axes: tuple[str, ...], expected: tuple[int | None, ...]
+) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {tensor.dtype}; embed or convert it first")
+    _check_shape(name, tensor, axes, expected)
+
+
+def _check_mask(name: str, mask: Tensor, axes: tuple[str, ...], expected: tuple[int | None, ...]) -> None:
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"{name} must be bool, true where reading is allowed, got {mask.dtype}; use {name}.bool()"
+        )
+    _check_shape(name, mask, axes, expected)
+
+
+def _check_shape(name: str, tensor: Tensor, axes: tuple[str, ...], expected: tuple[int | None, ...]) -> None:
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(expected)
+    fits = fits and all(want is None or have == want for have, want in zip(shape, expected, strict=True))
+    if not fits:
+        wanted = [
+            axis if want is None else f"{axis}={want}" for axis, want in zip(axes, expected, strict=True)
+        ]
+        raise ValueError(f"{name} must have shape [{', '.join(wanted)}], got {list(shape)}")
