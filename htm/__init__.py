@@ -2,7 +2,7 @@
 
 from htm.classic import load_published
 from htm.config import HTMConfig
-from htm.layers import HTMAttention, HTMBlock, chunk_positions, summarize
+from htm.layers import HTMAttention, HTMBlock, chunk_positions, summarize, with_previous
 from htm.memory import ChunkMemory, HTMMemory
 from htm.model import HTM
 
@@ -18,4 +18,5 @@ __all__ = [
     "chunk_positions",
     "load_published",
     "summarize",
+    "with_previous",
 ]

@@ -5,13 +5,12 @@ backward can gather the chosen memories a second time instead of keeping a copy 
 """
 
 # axes: b batch, i queries, m chunks, k chosen chunks, c places in a chunk, n tokens, h heads, d dim;
-# r queries of one block. With `matching` there are two folded queries a head: g = 2 h, else g = h.
+# r queries of one block
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Bytes of gathered memories held at a time. On a CPU they should stay in cache, and fresh pages are what
@@ -24,17 +23,17 @@ DEVICE_BLOCK_BYTES = 128 * 2**20
     "memory_models::htm_attend",
     mutates_args=(),
     schema="(Tensor queries, Tensor weights, Tensor chosen, Tensor tokens, Tensor? positions, "
-    "Tensor? places, int chunk_size, bool matching, bool keep) -> (Tensor, Tensor)",
+    "Tensor? places, int chunk_size, bool joint, bool keep) -> (Tensor, Tensor)",
 )
 def attend(
-    queries: Tensor,  # [b, i, g, d], scaled, with the key projection folded in
+    queries: Tensor,  # [b, i, h, d], scaled, with the key projection folded in
     weights: Tensor,  # [b, i, k]
     chosen: Tensor,  # [b, i, k]
     tokens: Tensor,  # [b, n, d]
     positions: Tensor | None,  # [c, d]
     places: Tensor | None,  # bool [b, i, k, c], false at a place that must not be read
     chunk_size: int,
-    matching: bool,
+    joint: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums `[b, i, h, d]` of memories, and their weights inside the chunks if `keep`.
@@ -42,28 +41,26 @@ def attend(
     The paper's read, where `weights` sum to 1 over the chosen chunks:
     `out = sum over k of weights_k * softmax(queries . (chunk_k + positions)) . (chunk_k + positions)`.
 
-    With `matching`, where `weights` are scores of the chunks: one softmax over all places of the chosen
-    chunks, `softmax(own . token_j + previous . token_{j-1} + weights_k)`, the queries being `own` for all
-    heads, then `previous` for all heads.
+    With `joint`, where `weights` are scores of the chunks, one softmax over all places of the chosen
+    chunks: `softmax(queries . (chunk_k + positions) + weights_k) . (chunk_k + positions)`.
     """
-    b, i, g, d = queries.shape
-    h, k, c = g // 2 if matching else g, chosen.shape[2], chunk_size
+    b, i, h, d = queries.shape
+    k, c = chosen.shape[2], chunk_size
     flat_queries, flat_weights = queries.flatten(0, 1), weights.flatten(0, 1)
     out = queries.new_empty(b * i, h, d)
     kept = queries.new_empty(b * i if keep else 0, h, k, c)
     with torch.autocast(queries.device.type, enabled=False):
         for block, gathered, hidden, _ in _gathered_blocks(queries, chosen, tokens, places, c):
             query, weight = flat_queries[block], flat_weights[block][:, None, :, None]
-            scores = torch.bmm(query, gathered.mT).view(len(query), g, k, c)
-            if matching:
-                scores, shifted = scores[:, :h] + weight, scores[:, h:]
-                scores[..., 1:] += shifted[..., :-1]
+            scores = torch.bmm(query, gathered.mT).view(len(query), h, k, c)
+            if joint:
+                scores += weight
             if positions is not None:
                 scores += (query @ positions.mT)[:, :, None]
             if hidden is not None:
                 scores.masked_fill_(hidden[:, None], torch.finfo(scores.dtype).min)
             exact = torch.promote_types(scores.dtype, torch.float32)
-            if matching:
+            if joint:
                 inside = scores.flatten(2).softmax(dim=-1, dtype=exact).view(scores.shape).to(scores.dtype)
                 attention = inside
             else:
@@ -81,7 +78,7 @@ def attend(
     "memory_models::htm_attend_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor queries, Tensor weights, Tensor chosen, Tensor tokens, Tensor? positions, "
-    "Tensor? places, Tensor kept, int chunk_size, bool matching, bool into_tokens) "
+    "Tensor? places, Tensor kept, int chunk_size, bool joint, bool into_tokens) "
     "-> (Tensor, Tensor, Tensor)",
 )
 def _attend_backward(
@@ -94,14 +91,14 @@ def _attend_backward(
     places: Tensor | None,
     kept: Tensor,
     chunk_size: int,
-    matching: bool,
+    joint: bool,
     into_tokens: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend` for queries, weights and, if `into_tokens`, tokens (else an empty tensor)."""
-    b, i, g, d = queries.shape
-    h, k, c = g // 2 if matching else g, chosen.shape[2], chunk_size
+    b, i, h, d = queries.shape
+    k, c = chosen.shape[2], chunk_size
     flat_grad, flat_queries, flat_weights = grad.flatten(0, 1), queries.flatten(0, 1), weights.flatten(0, 1)
-    query_grad = queries.new_empty(b * i, g, d)
+    query_grad = queries.new_empty(b * i, h, d)
     weight_grad = weights.new_empty(b * i, k)
     token_grad = torch.zeros_like(tokens).flatten(0, 1) if into_tokens else tokens.new_empty(0)
     with torch.autocast(queries.device.type, enabled=False):
@@ -111,13 +108,10 @@ def _attend_backward(
             if positions is not None:
                 inside_grad += (out_grad @ positions.mT)[:, :, None]
             product = inside * inside_grad
-            if matching:
+            if joint:
                 attention = inside
-                total = product.sum(dim=(2, 3), keepdim=True)
-                own = product.addcmul_(inside, total, value=-1)
-                weight_grad[block] = own.sum(dim=(1, 3))
-                # what a token's score took from the token before goes back to that one
-                score_grad = torch.cat((own, F.pad(own[..., 1:], (0, 1))), dim=1)
+                score_grad = product.addcmul_(inside, product.sum(dim=(2, 3), keepdim=True), value=-1)
+                weight_grad[block] = score_grad.sum(dim=(1, 3))
             else:
                 weight = flat_weights[block][:, None, :, None]
                 attention = inside * weight
@@ -133,7 +127,7 @@ def _attend_backward(
                 token_grad.index_add_(0, index, gathered_grad.flatten(0, 1).to(tokens.dtype))
     if into_tokens:
         token_grad = token_grad.view(tokens.shape)
-    return query_grad.view(b, i, g, d), weight_grad.view(b, i, k), token_grad
+    return query_grad.view(b, i, h, d), weight_grad.view(b, i, k), token_grad
 
 
 def in_flat_batch(index: Tensor, length: int) -> Tensor:
@@ -193,11 +187,10 @@ def _(
     positions: Tensor | None,
     places: Tensor | None,
     chunk_size: int,
-    matching: bool,
+    joint: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    b, i, g, d = queries.shape
-    h = g // 2 if matching else g
+    b, i, h, d = queries.shape
     kept = queries.new_empty(b * i if keep else 0, h, chosen.shape[2], chunk_size)
     return queries.new_empty(b, i, h, d), kept
 
@@ -213,7 +206,7 @@ def _(
     places: Tensor | None,
     kept: Tensor,
     chunk_size: int,
-    matching: bool,
+    joint: bool,
     into_tokens: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     token_grad = tokens.new_empty(tokens.shape if into_tokens else 0)
@@ -221,9 +214,9 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    queries, weights, chosen, tokens, positions, places, chunk_size, matching, _ = inputs
+    queries, weights, chosen, tokens, positions, places, chunk_size, joint, _ = inputs
     ctx.save_for_backward(queries, weights, chosen, tokens, positions, places, output[1])
-    ctx.chunk_size, ctx.matching = chunk_size, matching
+    ctx.chunk_size, ctx.joint = chunk_size, joint
     ctx.set_materialize_grads(False)
 
 
@@ -232,7 +225,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Ten
         return (None,) * 9
     into_tokens = ctx.needs_input_grad[3]
     query_grad, weight_grad, token_grad = _attend_backward(
-        grad, *ctx.saved_tensors, ctx.chunk_size, ctx.matching, into_tokens
+        grad, *ctx.saved_tensors, ctx.chunk_size, ctx.joint, into_tokens
     )
     return query_grad, weight_grad, None, token_grad if into_tokens else None, *[None] * 5
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from htm import attend as inner
 from memory_models.transformer import MATCHING_SCALE
 
-__all__ = ["HTMAttention", "HTMBlock", "chunk_positions", "summarize"]
+__all__ = ["HTMAttention", "HTMBlock", "chunk_positions", "summarize", "with_previous"]
 
 
 def chunk_positions(
@@ -71,6 +71,16 @@ def summarize(memories: Tensor, chunk_size: int, *, mask: Tensor | None = None) 
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+def with_previous(memories: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Each token beside the one before it: `[batch, time, dim]` to `[batch, time, 2 * dim]`.
+
+    Zero stands before the first token and for a token that bool `mask` `[batch, time]` hides.
+    """
+    if mask is not None:
+        memories = torch.where(mask[..., None], memories, 0)
+    return torch.cat((memories, F.pad(memories[:, :-1], (0, 0, 1, 0))), dim=-1)
+
+
 def _masked_mean(chunks: Tensor, mask: Tensor) -> Tensor:
     batch, count, width, dim = chunks.shape
     # a few chunks at a time: the copy without the masked tokens stays small, and valid ones need none
@@ -115,8 +125,9 @@ class HTMAttention(nn.Module):
             the summary keys adds the same to every score of a query and so changes nothing.)
         matching: build the read for finding places whose context looked like the query's (an option of
             ours): queries of learned length, one softmax over all places of the chosen chunks, keys from
-            the token before (a learned mix per channel, within the chunk), key weights started equal to
-            the query weights. Wants memories of unit mean square; positions are not added.
+            the token before (a learned mix per channel), key weights started equal to the query weights.
+            Wants memories of unit mean square; positions are not added. `read` then takes each token
+            together with the one before it (`with_previous`), so that chunk borders hide no pair.
         init_scale: variance scaling of the query and key projections; the original has 2.0. None keeps
             torch's default for `nn.Linear`.
     """
@@ -170,6 +181,11 @@ class HTMAttention(nn.Module):
                 self.key.weight.copy_(self.query.weight)
                 self.summary_key.weight.copy_(self.summary_query.weight)
 
+    @property
+    def memory_dim(self) -> int:
+        """Width of the chunks that `read` takes: `dim`, or twice that with `matching`."""
+        return 2 * self.dim if self.matching else self.dim
+
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, heads={self.heads}, topk_mems={self.topk_mems}, "
@@ -211,6 +227,8 @@ class HTMAttention(nn.Module):
             _check_mask("chunk_attn_mask", chunk_attn_mask, ("batch", "queries", "chunks"), expected)
         if self.detach_memories:
             memories = memories.detach()
+        if self.matching:
+            memories = with_previous(memories, mask=mask)
         summaries = summarize(memories, self.mem_chunk_size, mask=mask)
         lengths = None
         if mask is not None:
@@ -238,8 +256,8 @@ class HTMAttention(nn.Module):
 
         Args:
             queries: `[batch, queries, dim]`.
-            contents: `[batch, chunks, mem_chunk_size, dim]`, contiguous (anything else is copied).
-            summaries: `[batch, chunks, dim]`, the means of the chunks (`summarize`).
+            contents: `[batch, chunks, mem_chunk_size, memory_dim]`, contiguous (anything else is copied).
+            summaries: `[batch, chunks, memory_dim]`, the means of the chunks (`summarize`).
             lengths: integer `[batch, chunks]`, the tokens that a chunk holds, from its first place on; 0 for
                 a chunk not yet written. None: all are full.
             mask: bool `[batch, chunks, mem_chunk_size]`, false at tokens that must not be read.
@@ -252,7 +270,7 @@ class HTMAttention(nn.Module):
             ValueError: if a rank, width, batch size, mask shape or mask dtype does not fit.
         """
         self._check_queries(queries)
-        batch, size, dim = queries.shape[0], self.mem_chunk_size, self.dim
+        batch, size, dim = queries.shape[0], self.mem_chunk_size, self.memory_dim
         axes = ("batch", "chunks", "mem_chunk_size", "dim")
         _check_floating("contents", contents, axes, (batch, None, size, dim))
         chunks = contents.shape[1]
@@ -305,7 +323,8 @@ class HTMAttention(nn.Module):
             c,
             self.matching,
             torch.is_grad_enabled(),
-        )  # [b, i, h, d]
+        )
+        mixed = mixed[..., : self.dim]  # [b, i, h, d]
         values = self.value.weight.view(self.heads, self.dim_head, self.dim).mT  # [h, d, e]
         by_head = mixed.flatten(0, 1).transpose(0, 1) @ values
         out = self.out(by_head.transpose(0, 1).reshape(b, i, self.heads * self.dim_head))
@@ -315,17 +334,15 @@ class HTMAttention(nn.Module):
         return out
 
     def _summary_queries(self, queries: Tensor) -> Tensor:
-        # [b, i, d], to be multiplied with the summaries: the key projection folded in
+        # [b, i, memory_dim], to be multiplied with the summaries: the key projection folded in
         asked = self.summary_query(queries)
         if not self.matching:
             return (asked * self.dim**-0.5) @ self.summary_key.weight
         asked = F.normalize(asked, dim=-1) * (self.summary_log_scale.exp() / _key_length(self.dim))
-        # a chunk's mean over the tokens before is, but for its ends, that over its own
-        return (asked @ self.summary_key.weight) * (self.mix_own + self.mix_previous)
+        return self._mixed(asked @ self.summary_key.weight)
 
     def _folded_queries(self, queries: Tensor) -> Tensor:
-        # [b, i, h, d], to be multiplied with memories: the key projection folded in; for matching those for
-        # the token itself, then those for the token before, [b, i, 2 h, d]
+        # [b, i, h, memory_dim], to be multiplied with memories: the key projection folded in
         b, i, _ = queries.shape
         asked = self.query(queries).view(b * i, self.heads, self.dim_head)
         if self.matching:
@@ -335,8 +352,12 @@ class HTMAttention(nn.Module):
         folded = asked.transpose(0, 1) @ self.key.weight.view(self.heads, self.dim_head, self.dim)
         folded = folded.transpose(0, 1)
         if self.matching:
-            folded = torch.cat((folded * self.mix_own, folded * self.mix_previous), dim=1)
-        return folded.reshape(b, i, folded.shape[1], self.dim)
+            folded = self._mixed(folded)
+        return folded.reshape(b, i, self.heads, self.memory_dim)
+
+    def _mixed(self, folded: Tensor) -> Tensor:
+        # (x Wk) . (own * y + previous * z) = (own * (x Wk), previous * (x Wk)) . (y, z)
+        return torch.cat((folded * self.mix_own, folded * self.mix_previous), dim=-1)
 
     def _check_queries(self, queries: Tensor) -> None:
         _check_floating("queries", queries, ("batch", "queries", "dim"), (None, None, self.dim))

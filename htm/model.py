@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from htm.config import HTMConfig
-from htm.layers import HTMAttention
+from htm.layers import HTMAttention, with_previous
 from htm.memory import ChunkMemory, HTMMemory
 from memory_models.module import MemoryModule
 from memory_models.ring import append
@@ -54,13 +54,13 @@ class HTM(MemoryModule[HTMMemory]):
         """No chunks and an open segment without tokens."""
         config, weight = self.config, self.trunk.norm.weight
         hidden = weight.new_zeros(batch_size, self.segment_length, self.dim)
-        layers = config.layers_with_memory
+        widths: list[int] = [read.memory_dim for read in self.reads]  # type: ignore[misc]
         return HTMMemory(
             segment=self.trunk.open_segment(batch_size),
-            hiddens=tuple(hidden.clone() for _ in layers),
+            hiddens=tuple(hidden.clone() for _ in widths),
             layers=tuple(
-                ChunkMemory.empty(batch_size, config.chunks, config.chunk_size, self.dim, like=weight)
-                for _ in layers
+                ChunkMemory.empty(batch_size, config.chunks, config.chunk_size, width, like=weight)
+                for width in widths
             ),
         )
 
@@ -96,7 +96,7 @@ class HTM(MemoryModule[HTMMemory]):
             segment=fresh,
             hiddens=tuple(hidden.new_zeros(hidden.shape) for hidden in memory.hiddens),
             layers=tuple(
-                chunks.append(hidden, filled)
-                for chunks, hidden in zip(memory.layers, memory.hiddens, strict=True)
+                chunks.append(with_previous(hidden) if read.matching else hidden, filled)
+                for chunks, hidden, read in zip(memory.layers, memory.hiddens, self.reads, strict=True)
             ),
         )

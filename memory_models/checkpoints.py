@@ -6,6 +6,7 @@ is pickled, so a file from a stranger cannot run code.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -23,7 +24,7 @@ from torch.utils import _pytree as pytree
 from memory_models.lm import MemoryLM
 from memory_models.models import build, describe
 from memory_models.module import MemoryModule
-from memory_models.state import Memory
+from memory_models.state import Memory, is_static
 
 FORMAT = "memory-models"
 FORMAT_VERSION = 1
@@ -55,8 +56,11 @@ def save_model(model: MemoryModule[Any] | MemoryLM, folder: str | os.PathLike[st
     }
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _unshared(model)
-    replace_file(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": FORMAT}))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    # The weights carry the options too: a stop between the two files must not marry the new weights to
+    # the options of another model.
+    about = {"format": FORMAT, "config": text}
+    replace_file(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=about))
     replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -73,9 +77,10 @@ def load_model(
     config = _read_config(folder / CONFIG_FILE)
     try:
         model = build(config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} does not describe a model: {error}") from error
-    tensors, _ = _read_tensors(folder / WEIGHTS_FILE, device)
+    tensors, about = _read_tensors(folder / WEIGHTS_FILE, device)
+    _check_same_save(folder, config, about)
     expected = dict(_unshared(model))
     _check_tensors(folder / WEIGHTS_FILE, expected, tensors)
     # A model has one dtype; its first floating tensor tells which.
@@ -93,7 +98,7 @@ def save_memory(memory: Memory, path: str | os.PathLike[str]) -> None:
         "format_version": str(FORMAT_VERSION),
         "library_version": library_version(),
         "class": _class_name(memory),
-        "static": repr(pytree.tree_structure(memory)),
+        "static": _static_fields(memory),
     }
     replace_file(Path(path), lambda target: save_file(tensors, target, metadata=about))
 
@@ -119,7 +124,7 @@ def load_memory(path: str | os.PathLike[str], like: M) -> M:
     _check_version(path, about.get("format_version"))
     if about.get("class") != _class_name(like):
         raise CheckpointError(f"{path} holds a {about.get('class')}, not a {_class_name(like)}")
-    if about.get("static") != repr(pytree.tree_structure(like)):
+    if about.get("static") != _static_fields(like):
         raise CheckpointError(f"{path} comes from a model with other options (its fixed fields differ)")
     _check_tensors(path, leaves, tensors, rows_may_differ=True)
     _, structure = pytree.tree_flatten(like)
@@ -186,6 +191,22 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _check_same_save(folder: Path, config: dict[str, Any], about: dict[str, str]) -> None:
+    def described(values: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key != "library_version"}
+
+    if (
+        about.get("format") == FORMAT
+        and "config" in about
+        and described(json.loads(about["config"])) != described(config)
+    ):
+        raise CheckpointError(
+            f"{CONFIG_FILE} and {WEIGHTS_FILE} in {folder} describe different models: a save was stopped "
+            "between the two, or one was edited; save again, or build the model with create and load the "
+            "weights into it"
+        )
+
+
 def _check_version(path: Path, version: Any) -> None:
     if str(version) != str(FORMAT_VERSION):
         raise CheckpointError(
@@ -194,9 +215,7 @@ def _check_version(path: Path, version: Any) -> None:
         )
 
 
-def _read_tensors(
-    path: Path, device: torch.device | str | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_tensors(path: Path, device: torch.device | str | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.exists():
         raise FileNotFoundError(f"no such checkpoint file: {path}")
     try:
@@ -211,7 +230,9 @@ def _check_tensors(
 ) -> None:
     missing, odd = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or odd:
-        raise CheckpointError(f"{path} does not fit: missing {missing or 'nothing'}, unexpected {odd or 'nothing'}")
+        raise CheckpointError(
+            f"{path} does not fit: missing {missing or 'nothing'}, unexpected {odd or 'nothing'}"
+        )
     skip = 1 if rows_may_differ else 0
     rows = {tensor.shape[0] for tensor in found.values()} if rows_may_differ else set()
     if len(rows) > 1:
@@ -222,7 +243,29 @@ def _check_tensors(
                 f"{path} does not fit: {name} is {list(found[name].shape)}, expected {list(tensor.shape)}"
             )
         if rows_may_differ and found[name].dtype != tensor.dtype:
-            raise CheckpointError(f"{path} does not fit: {name} is {found[name].dtype}, expected {tensor.dtype}")
+            raise CheckpointError(
+                f"{path} does not fit: {name} is {found[name].dtype}, expected {tensor.dtype}"
+            )
+
+
+def _static_fields(memory: Memory) -> str:
+    # Our own words: the text of a torch TreeSpec changes with the version of torch.
+    found: dict[str, str] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, tuple):
+            for index, part in enumerate(value):
+                walk(part, f"{path}.{index}")
+        elif isinstance(value, Memory):
+            for field in dataclasses.fields(value):  # type: ignore[arg-type]
+                part, name = getattr(value, field.name), f"{path}.{field.name}"
+                if is_static(field):
+                    found[name.removeprefix(".")] = repr(part)
+                else:
+                    walk(part, name)
+
+    walk(memory, "")
+    return json.dumps(found, sort_keys=True)
 
 
 def _class_name(memory: Memory) -> str:

@@ -62,7 +62,8 @@ def sampler(
         return greedy
 
     def draw(logits: Tensor) -> Tensor:
-        probabilities = filter_logits(logits / temperature, top_k=top_k, top_p=top_p).softmax(-1)
+        kept = filter_logits(logits / temperature, top_k=top_k, top_p=top_p)
+        probabilities = kept.softmax(-1, dtype=_at_least_float32(kept))
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
     return draw
@@ -76,11 +77,16 @@ def filter_logits(logits: Tensor, *, top_k: int | None = None, top_p: float | No
         logits = logits.masked_fill(~keep, -torch.inf)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
-        probabilities = ordered.softmax(-1)
+        probabilities = ordered.softmax(-1, dtype=_at_least_float32(ordered))
         # Drop a token if those before it hold the probability already; the first always stays.
         drop = probabilities.cumsum(-1) - probabilities >= top_p
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
     return logits
+
+
+def _at_least_float32(logits: Tensor) -> torch.dtype:
+    # In bfloat16 a sum of many small probabilities stops growing.
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 @torch.no_grad()
@@ -114,15 +120,23 @@ def generate(
         memory and the token as the next prompt.
 
     Raises:
-        ValueError: if a prompt is empty or `max_new_tokens` is negative.
+        ValueError: if a prompt is empty, `lengths` do not fit it or `max_new_tokens` is negative.
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must not be negative")
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt must be [batch, time] with at least one token, got {tuple(prompt.shape)}")
-    if lengths is not None and (tuple(lengths.shape) != prompt.shape[:1] or bool((lengths < 1).any())):
-        raise ValueError(f"lengths must give each of the {prompt.shape[0]} prompts at least one token, got {lengths}")
+    if lengths is not None:
+        _check_lengths(lengths, *prompt.shape)
     return _steps(model, prompt, max_new_tokens, memory, lengths, sample, _ids(stop, prompt.device))
+
+
+def _check_lengths(lengths: Tensor, batch: int, time: int) -> None:
+    fits = lengths.shape == (batch,) and not lengths.is_floating_point() and lengths.dtype != torch.bool
+    if not fits or bool(((lengths < 1) | (lengths > time)).any()):
+        raise ValueError(
+            f"lengths must be int64 [{batch}] and give each prompt between 1 and {time} tokens, got {lengths}"
+        )
 
 
 def _steps(
@@ -138,7 +152,7 @@ def _steps(
     token = prompt[:, 0]
     for index in range(max_new_tokens):
         # A generator may be left and resumed anywhere: mode and gradient are set around each step only.
-        training = model.training
+        modes = [(part, part.training) for part in model.modules()]
         model.eval()
         try:
             with torch.no_grad():
@@ -148,7 +162,9 @@ def _steps(
                     logits, memory = _read_token(model, token, memory)
                 drawn = sample(logits)
         finally:
-            model.train(training)
+            # Part by part: a user may keep some of them, frozen ones say, in evaluation mode.
+            for part, training in modes:
+                part.training = training
         token = torch.where(ended, token, drawn)
         yield Step(token, memory, logits)
         ended = ended | torch.isin(token, stop)
@@ -164,6 +180,8 @@ def _read_prompt(
     if lengths is None and not bool((opened != opened[:1]).any()):
         logits, memory = unroll(model, prompt, memory, close=False)
         return logits[:, -1], memory
+    # A segment that was left open though full has no room for a first piece.
+    memory = _close_full(model, memory)
     # Rows end their segments at different tokens, so each piece stops at the nearest end of any row.
     lengths = prompt.new_full(prompt.shape[:1], prompt.shape[1]) if lengths is None else lengths
     final = None
@@ -194,8 +212,9 @@ def _close_full(model: MemoryLM, memory: Memory) -> Memory:
     full = memory.open_length >= model.segment_length
     if not bool(full.any()):
         return memory
-    closed = model.module.write(memory)
-    return model.module.commit(closed if bool(full.all()) else closed.where(full, memory))
+    # A call without tokens: `write` is how our members do it, not part of the contract.
+    nothing = torch.zeros(memory.batch_size, 0, dtype=torch.int64, device=full.device)
+    return model.module.commit(model(nothing, memory, close=full).memory)
 
 
 def _ids(stop: int | Collection[int] | None, device: torch.device) -> Tensor:

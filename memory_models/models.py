@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,11 @@ def register(entry: ModelInfo) -> None:
 
 def list_models(pattern: str = "*", *, tag: str | None = None) -> list[str]:
     """Names of members that match a shell pattern and carry a tag, plug-ins included."""
-    return [entry.name for entry in models if entry.name in models.names(pattern) and (tag is None or tag in entry.tags)]
+    return [
+        entry.name
+        for entry in models
+        if entry.name in models.names(pattern) and (tag is None or tag in entry.tags)
+    ]
 
 
 def info(name: str) -> ModelInfo:
@@ -122,7 +127,9 @@ def create(name: str, **options: Any) -> MemoryModule[Any]:
 
 
 _LM_OPTIONS = tuple(
-    name for name in inspect.signature(MemoryLM.__init__).parameters if name not in ("self", "module", "vocab_size")
+    name
+    for name in inspect.signature(MemoryLM.__init__).parameters
+    if name not in ("self", "module", "vocab_size")
 )
 
 
@@ -138,6 +145,7 @@ def create_lm(name: str, *, vocab_size: int, **options: Any) -> MemoryLM:
     Raises:
         LookupError, TypeError, ValueError: as `create`.
     """
+    _check_options(name, options, {*config_fields(name), *_LM_OPTIONS})
     own = {key: options.pop(key) for key in _LM_OPTIONS if key in options}
     model = MemoryLM(create(name, **options), vocab_size=vocab_size, **own)
     model.__dict__[_RECIPE] = {"vocab_size": vocab_size, **own}
@@ -169,7 +177,9 @@ def describe(model: MemoryModule[Any] | MemoryLM) -> dict[str, Any]:
 
 def build(description: dict[str, Any]) -> MemoryModule[Any] | MemoryLM:
     """The model that `describe` described, with fresh weights."""
-    options = {key: tuple(v) if isinstance(v, list) else v for key, v in description["options"].items()}
+    options: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in description["options"].items()
+    }
     if "language_model" in description:
         return create_lm(description["model"], **description["language_model"], **options)
     return create(description["model"], **options)
@@ -177,11 +187,14 @@ def build(description: dict[str, Any]) -> MemoryModule[Any] | MemoryLM:
 
 def _make_config(name: str, model_class: Any, options: dict[str, Any]) -> Any:
     config_class = _config_class(name, model_class)
-    known = {field.name for field in dataclasses.fields(config_class)}
+    _check_options(name, options, {field.name for field in dataclasses.fields(config_class)})
+    return config_class(**options)
+
+
+def _check_options(name: str, options: Iterable[str], known: Collection[str]) -> None:
     for option in options:
         if option not in known:
             raise TypeError(f"unknown option {option!r} for model {name!r}. {nearest(option, known)}")
-    return config_class(**options)
 
 
 def _config_class(name: str, model_class: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from memory_models.state import Memory
 
@@ -129,9 +130,7 @@ class MemoryModule(nn.Module, Generic[M]):
         back = torch.argsort(order, dim=1)
         return torch.where(mask[..., None], y[rows, back], 0), memory
 
-    def _read_documents(
-        self, x: Tensor, memory: M, mask: Tensor | None, reset: Tensor
-    ) -> tuple[Tensor, M]:
+    def _read_documents(self, x: Tensor, memory: M, mask: Tensor | None, reset: Tensor) -> tuple[Tensor, M]:
         # A reset inside the call: each document becomes a row of its own, the first with the row's
         # memory, the others with fresh ones. Exact for every member, NaN included, at the cost of one
         # more row for each document that begins inside the segment.
@@ -159,7 +158,8 @@ class MemoryModule(nn.Module, Generic[M]):
             raise TypeError(f"{name} takes floating-point embeddings, got {x.dtype}")
         weight = next(self.parameters(), None)
         if weight is not None:
-            autocast = torch.is_autocast_enabled(x.device.type)
+            # The meta device has no autocast; asking about it raises.
+            autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
             if not autocast and x.dtype != weight.dtype:
                 raise TypeError(
                     f"x is {x.dtype} but {name}'s weights are {weight.dtype}; "
@@ -173,13 +173,13 @@ class MemoryModule(nn.Module, Generic[M]):
                 f"the input has {time} tokens, more than segment_length ({self.segment_length}); cut it "
                 "with memory_models.unroll(module, x) or build the module with a longer segment"
             )
-        _check_flags("mask", mask, (batch, time))
+        check_flags("mask", mask, (batch, time))
         if reset is not None and reset.dim() == 1:
-            _check_flags("reset", reset, (batch,))
+            check_flags("reset", reset, (batch,))
         else:
-            _check_flags("reset", reset, (batch, time))
+            check_flags("reset", reset, (batch, time))
         if isinstance(close, Tensor):
-            _check_flags("close", close, (batch,))
+            check_flags("close", close, (batch,))
         return batch, time
 
     def _check_memory(self, memory: Any, x: Tensor) -> None:
@@ -194,7 +194,9 @@ class MemoryModule(nn.Module, Generic[M]):
             return
         fresh = self._memory_template()
         if type(memory) is not type(fresh):
-            raise TypeError(f"{type(self).__name__} carries a {type(fresh).__name__}, got a {type(memory).__name__}")
+            raise TypeError(
+                f"{type(self).__name__} carries a {type(fresh).__name__}, got a {type(memory).__name__}"
+            )
         leaves = memory.tensors()
         for path, leaf in fresh.tensors().items():
             if path not in leaves:
@@ -211,8 +213,14 @@ class MemoryModule(nn.Module, Generic[M]):
                 )
             if leaves[path].device != x.device:
                 raise ValueError(
-                    f"the memory's {path} is on {leaves[path].device}, x on {x.device}; use memory.to({x.device})"
+                    f"the memory's {path} is on {leaves[path].device}, x on {x.device}; "
+                    f"use memory.to({str(x.device)!r})"
                 )
+        if pytree.tree_structure(memory) != pytree.tree_structure(fresh):
+            odd = ", ".join(sorted(leaves.keys() - fresh.tensors().keys())) or "other fixed fields"
+            raise ValueError(
+                f"the memory has {odd} beyond this module's: it comes from a module with other options"
+            )
 
     def _memory_template(self) -> M:
         # An empty memory, for its paths, shapes and dtypes. Kept until the module's dtype changes; it
@@ -226,9 +234,9 @@ class MemoryModule(nn.Module, Generic[M]):
         return kept[1]
 
     def _check_room(self, memory: M, time: int, lengths: Tensor | None) -> None:
-        if torch.compiler.is_compiling() or memory.batch_size == 0:
-            return
         open_length = memory.open_length
+        if _has_no_values(open_length) or memory.batch_size == 0:
+            return
         needed = int((open_length + (time if lengths is None else lengths)).max())
         if needed > self.segment_length:
             raise ValueError(
@@ -238,11 +246,16 @@ class MemoryModule(nn.Module, Generic[M]):
 
 
 def _may_be_true(flags: Tensor) -> bool:
-    # Under torch.compile the answer must not depend on data: then it is always "maybe".
-    return torch.compiler.is_compiling() or bool(flags.any())
+    # Where the answer must not depend on data it is always "maybe".
+    return _has_no_values(flags) or bool(flags.any())
 
 
-def _check_flags(name: str, flags: Tensor | None, shape: tuple[int, ...]) -> None:
+def _has_no_values(tensor: Tensor) -> bool:
+    return torch.compiler.is_compiling() or tensor.device.type == "meta"
+
+
+def check_flags(name: str, flags: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Refuse a mask or a reset that is not boolean (`TypeError`) or of another shape (`ValueError`)."""
     if flags is None:
         return
     if flags.dtype != torch.bool:

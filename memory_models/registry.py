@@ -175,6 +175,12 @@ class Registry(Generic[E]):
         # `import memory_models` must not spend.
         if self._plugins_read or self._group is None:
             return
+        before = dict(self._entries)
+        try:
+            for point in importlib.metadata.entry_points(group=self._group):
+                self.register(self._make(point.name, point.value))
+        except ValueError:
+            # All or none: a clash must not be heard once and then leave half of the plug-ins in place.
+            self._entries = before
+            raise
         self._plugins_read = True
-        for point in importlib.metadata.entry_points(group=self._group):
-            self.register(self._make(point.name, point.value))

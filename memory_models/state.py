@@ -22,6 +22,11 @@ def static(**options: Any) -> Any:
     return dataclasses.field(metadata={_STATIC: True}, **options)
 
 
+def is_static(field: dataclasses.Field[Any]) -> bool:
+    """Whether a memory's field was declared with `static`."""
+    return bool(field.metadata.get(_STATIC))
+
+
 class Memory:
     """Base of every memory. Subclasses carry `@memory_state`; nothing here writes in place."""
 
@@ -86,7 +91,9 @@ class Memory:
     @property
     def open_length(self) -> Tensor:
         """int64 `[batch]`: tokens of the open segment, not yet written. Zero for members without one."""
-        return torch.zeros(self.batch_size, dtype=torch.int64, device=next(iter(pytree.tree_leaves(self))).device)
+        return torch.zeros(
+            self.batch_size, dtype=torch.int64, device=next(iter(pytree.tree_leaves(self))).device
+        )
 
     @property
     def nbytes(self) -> int:
@@ -113,9 +120,9 @@ def memory_state(cls: type[T]) -> type[T]:
     """
     if not issubclass(cls, Memory):
         raise TypeError(f"{cls.__name__} must subclass Memory")
-    made = dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)(cls)
-    names = [f.name for f in dataclasses.fields(made) if not f.metadata.get(_STATIC)]
-    fixed = [f.name for f in dataclasses.fields(made) if f.metadata.get(_STATIC)]
+    made: Any = dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)(cls)
+    names = [field.name for field in dataclasses.fields(made) if not is_static(field)]
+    fixed = [field.name for field in dataclasses.fields(made) if is_static(field)]
 
     def flatten(memory: Any) -> tuple[list[Any], tuple[Any, ...]]:
         return [getattr(memory, n) for n in names], tuple(getattr(memory, n) for n in fixed)
@@ -136,7 +143,7 @@ def memory_state(cls: type[T]) -> type[T]:
         serialized_type_name=f"{made.__module__}.{made.__qualname__}",
         flatten_with_keys_fn=flatten_with_keys,
     )
-    return made  # type: ignore[return-value]
+    return made
 
 
 def check_same_structure(one: Memory, other: Memory) -> None:
@@ -154,7 +161,9 @@ def check_same_structure(one: Memory, other: Memory) -> None:
         raise ValueError(f"the memories hold different tensors: {', '.join(odd)}")
     for name, leaf in mine.items():
         if leaf.shape != theirs[name].shape or leaf.dtype != theirs[name].dtype:
-            raise ValueError(f"{name} is {_shape(leaf)} in one memory and {_shape(theirs[name])} in the other")
+            raise ValueError(
+                f"{name} is {_shape(leaf)} in one memory and {_shape(theirs[name])} in the other"
+            )
     if pytree.tree_structure(one) != pytree.tree_structure(other):
         raise ValueError(f"the {type(one).__name__}s differ in their static fields")
 

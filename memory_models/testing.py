@@ -117,11 +117,14 @@ def _rule(name: str, law: str) -> Callable[[Callable[[_Subject], None]], Callabl
 
 def _same(what: str, seen: Tensor, wanted: Tensor, *, exact: bool = False) -> None:
     if seen.shape != wanted.shape or seen.dtype != wanted.dtype:
-        raise _Broken(f"{what} is {seen.dtype}{list(seen.shape)}, should be {wanted.dtype}{list(wanted.shape)}")
+        raise _Broken(
+            f"{what} is {seen.dtype}{list(seen.shape)}, should be {wanted.dtype}{list(wanted.shape)}"
+        )
     if seen.numel() == 0:
         return
     if exact or not seen.is_floating_point():
-        if not torch.equal(torch.nan_to_num(seen), torch.nan_to_num(wanted)):
+        # NaN equals NaN here, and nothing else.
+        if not torch.equal(seen.isnan(), wanted.isnan()) or not bool(((seen == wanted) | seen.isnan()).all()):
             raise _Broken(f"{what} differs")
         return
     difference = (seen - wanted).abs().max()
@@ -163,14 +166,18 @@ def _batch_first(subject: _Subject) -> None:
 @_rule("structure", "the memory comes out with the structure, shapes and dtypes that it went in with")
 def _structure(subject: _Subject) -> None:
     memory = fresh = subject.model.init_memory(BATCH)
-    for close in (True, False, True):
-        memory = subject.model(subject.input(min(2, subject.length)), memory, close=close)[1]
+    half = subject.length // 2
+    for size, close in ((subject.length, True), (half, False), (subject.length - half, True)):
+        memory = subject.model(subject.input(size), memory, close=close)[1]
         if type(memory) is not type(fresh) or pytree.tree_structure(memory) != pytree.tree_structure(fresh):
             raise _Broken(f"{memory} after close={close}, {fresh} at first")
         for path, leaf in fresh.tensors().items():
             now = memory.tensors()[path]
             if now.shape != leaf.shape or now.dtype != leaf.dtype:
-                raise _Broken(f"{path} is {now.dtype}{list(now.shape)} after close={close}, was {leaf.dtype}{list(leaf.shape)}")
+                raise _Broken(
+                    f"{path} is {now.dtype}{list(now.shape)} after close={close}, "
+                    f"was {leaf.dtype}{list(leaf.shape)}"
+                )
 
 
 @_rule("pure", "the memory and the input given are bit-identical after the call")
@@ -345,9 +352,10 @@ def _causal(subject: _Subject) -> None:
 def _gradient_across(subject: _Subject, *, detach: bool) -> float:
     x = subject.input(subject.length).requires_grad_()
     _, memory = subject.model(x)
-    for _ in range(1):
-        _, memory = subject.model(subject.input(subject.length), memory.detach() if detach else memory)
-    y, _ = subject.model(subject.input(subject.length), memory)
+    # Two segments: a memory may reach back no further than one, or show what it holds only in the second.
+    near, memory = subject.model(subject.input(subject.length), memory.detach() if detach else memory)
+    far, _ = subject.model(subject.input(subject.length), memory)
+    y = torch.cat([near, far], 1)
     if not y.requires_grad:
         return 0.0
     # Not the plain sum: a final norm can make that independent of everything.
@@ -401,7 +409,9 @@ def _dtype(subject: _Subject) -> None:
                 raise _Broken(f"the output of a {dtype} module is not finite")
         for path, leaf in fresh.tensors().items():
             if memory.tensors()[path].dtype != leaf.dtype:
-                raise _Broken(f"{path} is {memory.tensors()[path].dtype} after a segment, {leaf.dtype} before")
+                raise _Broken(
+                    f"{path} is {memory.tensors()[path].dtype} after a segment, {leaf.dtype} before"
+                )
 
 
 @_rule("finite", "outputs and memory stay finite and the memory's bytes constant over many segments")
@@ -425,6 +435,10 @@ def _empty(subject: _Subject) -> None:
     y, after = subject.model(subject.input(0), memory, close=False)
     _same("the output of no tokens", y, subject.input(0))
     _same_memory("the memory after no tokens", after, memory, exact=True)
+    x = subject.input(max(1, subject.length // 2))
+    _, opened = subject.model(x, memory, close=False)
+    late = subject.model(subject.input(0), opened)[1]
+    _same_memory("the memory of a segment ended by a call without tokens", late, subject.model(x, memory)[1])
     y, after = subject.model(subject.input(subject.length, batch=0))
     if y.shape != (0, subject.length, subject.model.dim) or after.batch_size != 0:
         raise _Broken(f"no rows give an output of {list(y.shape)} and a memory of {after.batch_size} rows")
@@ -463,7 +477,9 @@ def _opened(subject: _Subject, tokens: int) -> Any:
     return subject.model(subject.input(tokens), close=False)[1]
 
 
-@_rule("compile", "torch.compile gives the same without graph breaks, in at most two graphs over many segments")
+@_rule(
+    "compile", "torch.compile gives the same without graph breaks, in at most two graphs over many segments"
+)
 def _compile(subject: _Subject) -> None:
     graphs = 0
 

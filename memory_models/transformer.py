@@ -115,9 +115,10 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
         positions: int64 `[batch or 1, time]`, may be negative for what lies before the segment.
     """
     half = x.shape[-1] // 2
-    rates = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / max(half, 1))
-    # Angles in fp32 whatever x is: in bf16 neighbouring positions would collapse.
-    angles = positions[..., None, None].float() * rates
+    # Angles in fp32 at least: in bf16 neighbouring positions would collapse.
+    exact = torch.promote_types(x.dtype, torch.float32)
+    rates = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=exact) / max(half, 1))
+    angles = positions[..., None, None].to(exact) * rates
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
@@ -219,7 +220,9 @@ class SegmentAttention(nn.Module):
     def init_cache(self, batch_size: int) -> SegmentCache:
         """An empty open segment of `batch_size` rows."""
         weight = self.to_queries.weight
-        slots = weight.new_zeros(batch_size, self.config.segment_length, self.config.heads, self.config.head_width)
+        slots = weight.new_zeros(
+            batch_size, self.config.segment_length, self.config.heads, self.config.head_width
+        )
         last = weight.new_zeros(batch_size, self.config.dim if self.matching else 0)
         return SegmentCache(keys=slots, values=slots.clone(), last=last)
 
@@ -263,7 +266,9 @@ class SegmentAttention(nn.Module):
         attended = self.attend(queries, cache, place, past=past)
         return self.to_out(rearrange(attended, "b t h d -> b t (h d)")), cache
 
-    def attend(self, queries: Tensor, cache: SegmentCache, place: Place, *, past: Past | None = None) -> Tensor:
+    def attend(
+        self, queries: Tensor, cache: SegmentCache, place: Place, *, past: Past | None = None
+    ) -> Tensor:
         """Softmax attention `[batch, time, heads, dim_head]` over the cache and the past."""
         keys, values, mask = cache.keys.to(queries.dtype), cache.values.to(queries.dtype), place.causal
         if past is not None:
@@ -351,7 +356,8 @@ class Trunk(nn.Module):
             for layer in range(config.depth)
         )
         self.feedforwards = nn.ModuleList(
-            FeedForward(config.dim, config.feedforward_width, dropout=config.dropout) for _ in range(config.depth)
+            FeedForward(config.dim, config.feedforward_width, dropout=config.dropout)
+            for _ in range(config.depth)
         )
         self.norm = nn.RMSNorm(config.dim)
 

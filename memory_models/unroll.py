@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memory_models.lm import MemoryLM
-from memory_models.module import MemoryModule
+from memory_models.module import MemoryModule, check_flags
 from memory_models.state import Memory
 
 
@@ -40,21 +40,28 @@ def unroll(
         The outputs `[batch, time, dim]` or logits `[batch, time, vocab_size]`, and the last memory.
 
     Raises:
-        ValueError: if `segment` or `detach_every` is out of range, or if the rows of an open segment
-            differ in length, so that no one cut completes them all.
+        TypeError: if `mask` or `reset` is not boolean, or as the model.
+        ValueError: if `segment` or `detach_every` is out of range, if shapes disagree, or if the rows of an
+            open segment differ in length, so that no one cut completes them all.
     """
+    if x.dim() < 2:
+        raise ValueError(f"unroll takes x [batch, time, ...], got {tuple(x.shape)}")
     length = model.segment_length if segment is None else segment
     if not 1 <= length <= model.segment_length:
         raise ValueError(f"segment ({length}) must lie between 1 and segment_length ({model.segment_length})")
     if detach_every is not None and detach_every < 1:
         raise ValueError(f"detach_every ({detach_every}) must be at least 1, or None for full gradients")
+    # Here, because slices of a mask that is too long would fit.
+    check_flags("mask", mask, tuple(x.shape[:2]))
+    check_flags("reset", reset, tuple(x.shape[: 1 if reset is not None and reset.dim() == 1 else 2]))
     if reset is not None and reset.dim() == 1:
         start = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         if x.shape[1]:
             start[:, 0] = reset
         reset = start
     outputs, begin, ended = [], 0, 0
-    room = length - _open(memory)
+    # An open segment may be longer than `segment`; then it ends before the first token.
+    room = max(0, length - _open(memory))
     while True:
         end = min(begin + room, x.shape[1])
         last = end == x.shape[1]

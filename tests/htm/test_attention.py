@@ -450,15 +450,15 @@ def test_compiles_without_a_break(masked: bool) -> None:
         close(found[name], wanted[name])
 
 
-@pytest.mark.parametrize("matching", [False, True])
+@pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("detach", [True, False])
-def test_operators_are_registered_as_torch_expects(detach: bool, matching: bool) -> None:
-    queries = randn(2, 3, 2 * HEADS if matching else HEADS, DIM, requires_grad=True)
+def test_operators_are_registered_as_torch_expects(detach: bool, joint: bool) -> None:
+    queries = randn(2, 3, HEADS, DIM, requires_grad=True)
     weights = torch.rand(2, 3, 2, dtype=torch.float64, requires_grad=True)
     tokens, chosen = randn(2, 10, DIM, requires_grad=not detach), torch.randint(3, (2, 3, 2))
     places = torch.rand(2, 3, 2, CHUNK) > 0.3
-    positions = None if matching else reference.positions(CHUNK, DIM)
-    arguments = (queries, weights, chosen, tokens, positions, places, CHUNK, matching, True)
+    positions = reference.positions(CHUNK, DIM)
+    arguments = (queries, weights, chosen, tokens, positions, places, CHUNK, joint, True)
     # gradcheck is another test's business: random places may hide a whole chunk that has a weight
     torch.library.opcheck(inner.attend, arguments, test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(inner.attend, arguments, test_utils="test_aot_dispatch_static")
@@ -554,12 +554,13 @@ def test_the_matching_read_equals_the_loop(topk: int) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    queries, contents = randn(2, 6, DIM, requires_grad=True), randn(2, 4, CHUNK, DIM, requires_grad=True)
+    queries, contents = randn(2, 6, DIM, requires_grad=True), randn(2, 4, CHUNK, 2 * DIM, requires_grad=True)
     lengths = torch.tensor([[CHUNK, 0, 2, CHUNK], [0, 0, 0, 0]])
     place = torch.arange(CHUNK)
     summaries = torch.where((place < lengths[..., None])[..., None], contents, 0).sum(2)
     summaries = summaries / lengths.clamp(min=1)[..., None]
-    chunks = [[contents[row, m, : lengths[row, m]] for m in range(4)] for row in range(2)]
+    pairs = contents.unflatten(-1, (2, DIM))
+    chunks = [[pairs[row, m, : lengths[row, m]] for m in range(4)] for row in range(2)]
     found = module.read(queries, contents, summaries, lengths=lengths)
     wanted = reference.read_matching(dict(module.named_parameters()), queries, chunks, heads=HEADS, topk=topk)
     close(found, wanted)
@@ -581,7 +582,8 @@ def test_a_token_is_found_by_what_came_before_it() -> None:
         module.value.weight.copy_(torch.eye(64))
         module.out.weight.copy_(torch.eye(64))
         module.out.bias.zero_()
-        before = torch.tensor([5, CHUNK + 1, 6 * CHUNK])
+        # the last of them ends its chunk: the answer opens the next one
+        before = torch.tensor([5, CHUNK + 1, 6 * CHUNK - 1])
         read = module(memories[:, before], memories)
     nearest = torch.cdist(read, memories).argmin(-1)
     assert nearest.tolist() == [(before + 1).tolist()]

@@ -95,9 +95,9 @@ def read_matching(
     heads: int,
     topk: int,
 ) -> Tensor:
-    """The matching read `[batch, queries, dim]` of `chunks`, for each row a list of `[tokens, dim]`.
+    """The matching read `[batch, queries, dim]` of `chunks`, for each row a list of `[tokens, 2, dim]`.
 
-    Keys are made from a mix of the token and the one before it in its chunk; queries have a learned length
+    A token stands beside the one before it, `[tokens, 2, dim]`; keys are made from a mix of both. Queries have a learned length
     and keys are measured in the length that torch's default weights give them; all tokens of the chosen
     chunks share one softmax, to which a chunk's score is added.
     """
@@ -112,7 +112,8 @@ def read_matching(
             scored = []
             for tokens in row_chunks:
                 if len(tokens):
-                    summary = weights["summary_key.weight"] @ ((own + before) * (tokens.sum(0) / len(tokens)))
+                    mean = tokens.sum(0) / len(tokens)
+                    summary = weights["summary_key.weight"] @ (own * mean[0] + before * mean[1])
                     scored.append((asked @ summary, tokens))
             scored.sort(key=lambda pair: -pair[0].item())
             if not scored:
@@ -125,11 +126,9 @@ def read_matching(
                 q = q / q.norm() * weights["log_scale"][head].exp() / math.sqrt(width / 3)
                 scores, values = [], []
                 for score, tokens in scored[:topk]:
-                    last = torch.zeros_like(tokens[0])
-                    for token in tokens:
+                    for token, last in tokens:
                         scores.append(q @ (key[part] @ (own * token + before * last)) + score)
                         values.append(value[part] @ token)
-                        last = token
                 mixed.append(torch.softmax(torch.stack(scores), 0) @ torch.stack(values))
             rows.append(weights["out.weight"] @ torch.cat(mixed) + weights["out.bias"])
     return torch.stack(rows).view(queries.shape)
