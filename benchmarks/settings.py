@@ -33,7 +33,7 @@ TRAINING: dict[str, dict[str, dict[str, Any]]] = {
     },
     "text": {
         EVERY: {
-            "steps": 700,
+            "steps": 450,
             "batch_size": 16,
             "learning_rate": 2.5e-3,
             "warmup": 80,

@@ -23,7 +23,7 @@ DEVICE_BLOCK_BYTES = 128 * 2**20
     "memory_models::htm_attend",
     mutates_args=(),
     schema="(Tensor queries, Tensor weights, Tensor chosen, Tensor tokens, Tensor? positions, "
-    "Tensor? places, int chunk_size, bool joint, bool keep) -> (Tensor, Tensor)",
+    "Tensor? places, int chunk_size, int value_dim, bool joint, bool keep) -> (Tensor, Tensor)",
 )
 def attend(
     queries: Tensor,  # [b, i, h, d], scaled, with the key projection folded in
@@ -33,21 +33,24 @@ def attend(
     positions: Tensor | None,  # [c, d]
     places: Tensor | None,  # bool [b, i, k, c], false at a place that must not be read
     chunk_size: int,
+    value_dim: int,
     joint: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sums `[b, i, h, d]` of memories, and their weights inside the chunks if `keep`.
+    """Weighted sums `[b, i, h, value_dim]` of memories, and their weights inside the chunks if `keep`.
 
     The paper's read, where `weights` sum to 1 over the chosen chunks:
     `out = sum over k of weights_k * softmax(queries . (chunk_k + positions)) . (chunk_k + positions)`.
 
     With `joint`, where `weights` are scores of the chunks, one softmax over all places of the chosen
     chunks: `softmax(queries . (chunk_k + positions) + weights_k) . (chunk_k + positions)`.
+
+    Only the first `value_dim` channels of a memory are summed; all of them are keys.
     """
     b, i, h, d = queries.shape
     k, c = chosen.shape[2], chunk_size
     flat_queries, flat_weights = queries.flatten(0, 1), weights.flatten(0, 1)
-    out = queries.new_empty(b * i, h, d)
+    out = queries.new_empty(b * i, h, value_dim)
     kept = queries.new_empty(b * i if keep else 0, h, k, c)
     with torch.autocast(queries.device.type, enabled=False):
         for block, gathered, hidden, _ in _gathered_blocks(queries, chosen, tokens, places, c):
@@ -68,17 +71,17 @@ def attend(
                 attention = inside * weight
             if keep:
                 kept[block] = inside
-            torch.bmm(attention.flatten(2), gathered, out=out[block])
+            torch.bmm(attention.flatten(2), gathered[..., :value_dim], out=out[block])
             if positions is not None:
-                out[block] += attention.sum(dim=2) @ positions
-    return out.view(b, i, h, d), kept
+                out[block] += attention.sum(dim=2) @ positions[:, :value_dim]
+    return out.view(b, i, h, value_dim), kept
 
 
 @torch.library.custom_op(
     "memory_models::htm_attend_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor queries, Tensor weights, Tensor chosen, Tensor tokens, Tensor? positions, "
-    "Tensor? places, Tensor kept, int chunk_size, bool joint, bool into_tokens) "
+    "Tensor? places, Tensor kept, int chunk_size, int value_dim, bool joint, bool into_tokens) "
     "-> (Tensor, Tensor, Tensor)",
 )
 def _attend_backward(
@@ -91,6 +94,7 @@ def _attend_backward(
     places: Tensor | None,
     kept: Tensor,
     chunk_size: int,
+    value_dim: int,
     joint: bool,
     into_tokens: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,9 +108,9 @@ def _attend_backward(
     with torch.autocast(queries.device.type, enabled=False):
         for block, gathered, _, index in _gathered_blocks(queries, chosen, tokens, places, c):
             out_grad, inside = flat_grad[block], kept[block]
-            inside_grad = torch.bmm(out_grad, gathered.mT).view(len(out_grad), h, k, c)
+            inside_grad = torch.bmm(out_grad, gathered[..., :value_dim].mT).view(len(out_grad), h, k, c)
             if positions is not None:
-                inside_grad += (out_grad @ positions.mT)[:, :, None]
+                inside_grad += (out_grad @ positions[:, :value_dim].mT)[:, :, None]
             product = inside * inside_grad
             if joint:
                 attention = inside
@@ -122,8 +126,8 @@ def _attend_backward(
             if positions is not None:
                 query_grad[block] += score_grad.sum(dim=2) @ positions
             if into_tokens:
-                gathered_grad = torch.bmm(attention.flatten(2).mT, out_grad)
-                gathered_grad.baddbmm_(score_grad.flatten(2).mT, flat_queries[block])
+                gathered_grad = torch.bmm(score_grad.flatten(2).mT, flat_queries[block])
+                gathered_grad[..., :value_dim] += torch.bmm(attention.flatten(2).mT, out_grad)
                 token_grad.index_add_(0, index, gathered_grad.flatten(0, 1).to(tokens.dtype))
     if into_tokens:
         token_grad = token_grad.view(tokens.shape)
@@ -187,12 +191,13 @@ def _(
     positions: Tensor | None,
     places: Tensor | None,
     chunk_size: int,
+    value_dim: int,
     joint: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    b, i, h, d = queries.shape
+    b, i, h, _ = queries.shape
     kept = queries.new_empty(b * i if keep else 0, h, chosen.shape[2], chunk_size)
-    return queries.new_empty(b, i, h, d), kept
+    return queries.new_empty(b, i, h, value_dim), kept
 
 
 @_attend_backward.register_fake
@@ -206,6 +211,7 @@ def _(
     places: Tensor | None,
     kept: Tensor,
     chunk_size: int,
+    value_dim: int,
     joint: bool,
     into_tokens: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,20 +220,20 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    queries, weights, chosen, tokens, positions, places, chunk_size, joint, _ = inputs
+    queries, weights, chosen, tokens, positions, places, chunk_size, value_dim, joint, _ = inputs
     ctx.save_for_backward(queries, weights, chosen, tokens, positions, places, output[1])
-    ctx.chunk_size, ctx.joint = chunk_size, joint
+    ctx.options = chunk_size, value_dim, joint
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     into_tokens = ctx.needs_input_grad[3]
     query_grad, weight_grad, token_grad = _attend_backward(
-        grad, *ctx.saved_tensors, ctx.chunk_size, ctx.joint, into_tokens
+        grad, *ctx.saved_tensors, *ctx.options, into_tokens
     )
-    return query_grad, weight_grad, None, token_grad if into_tokens else None, *[None] * 5
+    return query_grad, weight_grad, None, token_grad if into_tokens else None, *[None] * 6
 
 
 attend.register_autograd(_differentiate, setup_context=_save_for_backward)

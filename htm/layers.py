@@ -311,7 +311,9 @@ class HTMAttention(nn.Module):
         )
         if m == 0:
             available = summaries.new_ones(b, i, 0, dtype=torch.bool)
-        chosen, scores, allowed = _choose(self._summary_queries(queries), summaries, available, self.topk_mems)
+        chosen, scores, allowed = _choose(
+            self._summary_queries(queries), summaries, available, self.topk_mems
+        )
         folded = self._folded_queries(queries)
         mixed, _ = inner.attend(
             folded,
@@ -321,10 +323,10 @@ class HTMAttention(nn.Module):
             _positions(c, folded) if self.add_pos_enc else None,
             _readable(chosen, allowed, lengths, mask, c),
             c,
+            self.dim,
             self.matching,
             torch.is_grad_enabled(),
-        )
-        mixed = mixed[..., : self.dim]  # [b, i, h, d]
+        )  # [b, i, h, d]
         values = self.value.weight.view(self.heads, self.dim_head, self.dim).mT  # [h, d, e]
         by_head = mixed.flatten(0, 1).transpose(0, 1) @ values
         out = self.out(by_head.transpose(0, 1).reshape(b, i, self.heads * self.dim_head))
@@ -392,21 +394,36 @@ def _choose(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The best chunks of each query.
 
+    Args:
+        summary_queries: `[b, i, d]`.
+        summaries: `[b, m, d]`.
+        available: bool `[b, 1 or i, m]`, false where a chunk must not be read; None if all may.
+        topk: how many.
+
     Returns:
         Their indices and scores `[b, i, k]`, and which of them may be read, None if all.
     """
     summaries = summaries.to(summary_queries.dtype)
-    with torch.no_grad():
+    count = summaries.shape[1]
+    k = min(topk, count)
+    # With gradient either the scores of all chunks, or of the chosen ones once more: whichever is smaller.
+    # Per query only the latter keeps a NaN in a forbidden summary from meeting a zero in the backward.
+    gradient = torch.is_grad_enabled()
+    dense = gradient and count <= k * summaries.shape[-1] and (available is None or available.shape[1] == 1)
+    if dense and available is not None:
+        summaries = torch.where(available.mT, summaries, 0)
+    with torch.set_grad_enabled(dense):
         scores = summary_queries @ summaries.mT
-        if available is not None:
-            scores = torch.where(available, scores, -math.inf)
-        best, chosen = scores.topk(min(topk, scores.shape[-1]))
-        allowed = None if available is None else available.expand(scores.shape).gather(-1, chosen)
-    if torch.is_grad_enabled():
-        # once more with gradient, for the few chosen instead of for all
+    ranked = scores.detach()
+    if available is not None:
+        ranked = torch.where(available, ranked, -math.inf)
+    best, chosen = ranked.topk(k)
+    allowed = None if available is None else available.expand(scores.shape).gather(-1, chosen)
+    if dense:
+        best = scores.gather(-1, chosen)
+    elif gradient:
         picked = _pick(summaries, chosen)
         if allowed is not None:
-            # in the backward too, a NaN in a forbidden summary must not meet a zero
             picked = torch.where(allowed[..., None], picked, 0)
         best = (picked @ summary_queries[..., None]).squeeze(-1)
     if allowed is not None:

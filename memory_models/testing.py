@@ -127,7 +127,7 @@ def _same(what: str, seen: Tensor, wanted: Tensor, *, exact: bool = False) -> No
         if not torch.equal(seen.isnan(), wanted.isnan()) or not bool(((seen == wanted) | seen.isnan()).all()):
             raise _Broken(f"{what} differs")
         return
-    difference = (seen - wanted).abs().max()
+    difference = (seen - wanted).detach().abs().max()
     # Not "difference > tolerance", which is false for NaN.
     if not bool(difference <= TOLERANCE * (1 + wanted.abs().max())):
         raise _Broken(f"{what} differs by {float(difference):.3g}")

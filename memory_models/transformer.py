@@ -112,11 +112,11 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         x: queries or keys; an odd last channel is left as it is.
-        positions: int64 `[batch or 1, time]`, may be negative for what lies before the segment.
+        positions: int64 `[batch or 1, time]`; only differences matter, so any origin will do.
     """
     half = x.shape[-1] // 2
-    # Angles in fp32 at least: in bf16 neighbouring positions would collapse.
-    exact = torch.promote_types(x.dtype, torch.float32)
+    # Angles in float64 where there is one: far into a stream neighbouring positions would collapse.
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
     rates = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=exact) / max(half, 1))
     angles = positions[..., None, None].to(exact) * rates
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -297,7 +297,7 @@ class Past:
     """Keys and values from before the open segment, already placed.
 
     Attributes:
-        keys: `[batch, past, heads, dim_head]`, rotated to their distance (negative positions).
+        keys: `[batch, past, heads, dim_head]`, rotated with the same origin as the segment's.
         values: `[batch, past, heads, dim_head]`.
         held: bool `[batch, past]`, false where there is nothing.
     """

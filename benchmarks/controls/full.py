@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from memory_models.module import MemoryModule
 from memory_models.ring import append, numbers
 from memory_models.state import Memory, memory_state
-from memory_models.transformer import OpenSegment, Past, SegmentAttention, TransformerConfig, Trunk, rotate
+from memory_models.transformer import OpenSegment, Past, TransformerConfig, Trunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,9 @@ class FullConfig(TransformerConfig):
 
 @memory_state
 class FullMemory(Memory):
-    """Keys and values of the last `context` tokens, without positions, and the open segment.
+    """Keys and values of the last `context` tokens and the open segment.
+
+    Keys are rotated to their place in the stream, so that they need not be touched again.
 
     Attributes:
         segment: the open segment.
@@ -73,19 +75,14 @@ class Full(MemoryModule[FullMemory]):
     def read(self, x: Tensor, memory: FullMemory, lengths: Tensor | None) -> tuple[Tensor, FullMemory]:
         """Attend to the past and the segment so far."""
         x, last, place = self.trunk.enter(x, memory.segment, lengths)
-        entry = numbers(memory.total, self.config.context)
-        # Distance to the segment's first token, so that angles stay small however long the stream.
-        distance = (entry - memory.total[:, None]).clamp(min=-self.config.context)
+        # Places in the stream, so that the keys written need not be rotated again.
+        place = replace(place, positions=place.positions + memory.total[:, None])
+        held = numbers(memory.total, self.config.context) >= 0
         caches = []
         for layer, (attention, feedforward) in enumerate(
             zip(self.trunk.attentions, self.trunk.feedforwards, strict=True)
         ):
-            keys = memory.keys[layer]
-            past = Past(
-                keys=keys if _matching(attention) else rotate(keys, distance),
-                values=memory.values[layer],
-                held=entry >= 0,
-            )
+            past = Past(keys=memory.keys[layer], values=memory.values[layer], held=held)
             attended, cache = attention(x, memory.segment.layers[layer], place, past=past)
             x = x + attended
             x = x + feedforward(x)
@@ -97,12 +94,9 @@ class Full(MemoryModule[FullMemory]):
     def write(self, memory: FullMemory) -> FullMemory:
         """Append the segment's keys and values."""
         filled = memory.segment.filled
-        slots = torch.arange(self.segment_length, device=filled.device)[None]
         keys, values = [], []
-        for layer, attention in enumerate(self.trunk.attentions):
-            cache = memory.segment.layers[layer]
-            plain = cache.keys if _matching(attention) else rotate(cache.keys, -slots)
-            keys.append(append(memory.keys[layer], memory.total, plain, filled))
+        for layer, cache in enumerate(memory.segment.layers):
+            keys.append(append(memory.keys[layer], memory.total, cache.keys, filled))
             values.append(append(memory.values[layer], memory.total, cache.values, filled))
         return FullMemory(
             segment=self.trunk.open_segment(memory.batch_size),
@@ -110,8 +104,3 @@ class Full(MemoryModule[FullMemory]):
             values=tuple(values),
             total=memory.total + filled,
         )
-
-
-def _matching(attention: object) -> bool:
-    assert isinstance(attention, SegmentAttention)
-    return attention.matching

@@ -458,7 +458,7 @@ def test_operators_are_registered_as_torch_expects(detach: bool, joint: bool) ->
     tokens, chosen = randn(2, 10, DIM, requires_grad=not detach), torch.randint(3, (2, 3, 2))
     places = torch.rand(2, 3, 2, CHUNK) > 0.3
     positions = reference.positions(CHUNK, DIM)
-    arguments = (queries, weights, chosen, tokens, positions, places, CHUNK, joint, True)
+    arguments = (queries, weights, chosen, tokens, positions, places, CHUNK, DIM, joint, True)
     # gradcheck is another test's business: random places may hide a whole chunk that has a weight
     torch.library.opcheck(inner.attend, arguments, test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(inner.attend, arguments, test_utils="test_aot_dispatch_static")
