@@ -47,7 +47,7 @@ def attend(
 
     Only the first `value_dim` channels of a memory are summed; all of them are keys.
     """
-    b, i, h, d = queries.shape
+    b, i, h, _ = queries.shape
     k, c = chosen.shape[2], chunk_size
     flat_queries, flat_weights = queries.flatten(0, 1), weights.flatten(0, 1)
     out = queries.new_empty(b * i, h, value_dim)

@@ -1,4 +1,7 @@
-"""Memformer (Wu et al. 2020, arXiv:2010.06891): this package's place in the family; its member is not written yet and nothing is exported."""
+"""Memformer (Wu et al. 2020, arXiv:2010.06891): its place in the family.
+
+The member is not written yet and nothing is exported.
+"""
 
 __distribution__ = "memory-models"
 

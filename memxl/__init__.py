@@ -1,4 +1,7 @@
-"""Memory Transformer-XL: this package's place in the family; its member is not written yet and nothing is exported."""
+"""Memory Transformer-XL: its place in the family.
+
+The member is not written yet and nothing is exported.
+"""
 
 __distribution__ = "memory-models"
 

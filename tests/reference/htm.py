@@ -97,7 +97,7 @@ def read_matching(
 ) -> Tensor:
     """The matching read `[batch, queries, dim]` of `chunks`, for each row a list of `[tokens, 2, dim]`.
 
-    A token stands beside the one before it, `[tokens, 2, dim]`; keys are made from a mix of both. Queries have a learned length
+    A token stands beside the one before it; keys are made from a mix of both. Queries have a learned length
     and keys are measured in the length that torch's default weights give them; all tokens of the chosen
     chunks share one softmax, to which a chunk's score is added.
     """

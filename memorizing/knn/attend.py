@@ -1,0 +1,152 @@
+"""Attention over retrieved pairs without laying the pairs out.
+
+Copies of the retrieved keys and values, `[batch, queries, k, 2, dim]`, would be read once and thrown away,
+and making room for them costs more than everything else. Here the weights are made from the scores that the
+search has already computed, the values are summed where they lie, and so are the keys in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CHUNK = 1 << 22  # numbers gathered at a time where a table cannot be summed in place
+
+
+def bag(weights: Tensor, slots: Tensor, table: Tensor) -> Tensor:
+    """`sum_j weights[i, j] * table[slots[i, j]]`, `[m, d]`, without a gradient."""
+    if table.dtype == weights.dtype:
+        return F.embedding_bag(slots, table, per_sample_weights=weights, mode="sum")
+    # The table would be converted as a whole at every call; convert what is read instead.
+    out = weights.new_empty(weights.shape[0], table.shape[1])
+    for part, rows in _gathered(slots, table, weights.dtype):
+        out[part] = torch.bmm(weights[part].unsqueeze(1), rows).squeeze(1)
+    return out
+
+
+def dots(vectors: Tensor, slots: Tensor, table: Tensor) -> Tensor:
+    """`vectors[i] . table[slots[i, j]]`, `[m, k]`, without a gradient."""
+    if table.dtype == vectors.dtype:
+        # The gradient of a weighted sum by its weights is exactly this, computed without a copy.
+        with torch.enable_grad():
+            weights = torch.zeros(slots.shape, dtype=table.dtype, device=table.device, requires_grad=True)
+            summed = F.embedding_bag(slots, table, per_sample_weights=weights, mode="sum")
+        return torch.autograd.grad(summed, weights, vectors)[0]
+    out = vectors.new_empty(slots.shape)
+    for part, rows in _gathered(slots, table, vectors.dtype):
+        out[part] = torch.matmul(vectors[part].unsqueeze(1), rows.transpose(1, 2)).squeeze(1)
+    return out
+
+
+def _gathered(slots: Tensor, table: Tensor, dtype: torch.dtype) -> Any:
+    step = max(1, _CHUNK // max(1, slots.shape[1] * table.shape[1]))
+    for start in range(0, slots.shape[0], step):
+        part = slice(start, start + step)
+        rows = table.index_select(0, slots[part].flatten()).to(dtype)
+        yield part, rows.view(-1, slots.shape[1], table.shape[1])
+
+
+class _Scores(torch.autograd.Function):
+    """Scores the search has computed, with their gradient by the queries."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, scores: Tensor, pairs: Pairs, metric: str) -> Tensor:
+        ctx.pairs, ctx.metric = pairs, metric
+        ctx.save_for_backward(queries)
+        return scores.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (queries,) = ctx.saved_tensors
+        pairs = ctx.pairs
+        pairs.check()
+        weights = grad if pairs.scale is None else grad * pairs.scale[pairs.slots]
+        result = bag(weights, pairs.slots, pairs.keys)
+        if ctx.metric == "l2":  # the score is -|q - k|^2
+            result = 2 * (result - queries * grad.sum(-1, keepdim=True))
+        return result, None, None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """The retrieved values summed by their weights, with the gradient by the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs = pairs
+        return bag(weights, pairs.slots, pairs.values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.pairs.check()
+        return dots(grad.contiguous(), ctx.pairs.slots, ctx.pairs.values), None
+
+
+class Pairs(NamedTuple):
+    """Where retrieved pairs lie.
+
+    Attributes:
+        slots: int64 `[m, k]` into the tables; anything valid where `mask` is false.
+        mask: bool `[m, k]`, false where nothing was found.
+        keys: `[n, dim]`; `values`: `[n, value_dim]`.
+        scale: `[n]` factors of the keys in a score, or None for ones.
+        check: called before the backward pass reads the tables; raises if they have changed there.
+    """
+
+    slots: Tensor
+    mask: Tensor
+    keys: Tensor
+    values: Tensor
+    scale: Tensor | None
+    check: Callable[[], None]
+
+    def copied(self) -> Pairs:
+        """The same pairs in tables of their own: `m * k` keys and values."""
+        flat = self.slots.flatten()
+        return Pairs(
+            torch.arange(flat.numel(), device=flat.device).view_as(self.slots),
+            self.mask,
+            self.keys.index_select(0, flat),
+            self.values.index_select(0, flat),
+            None if self.scale is None else self.scale.index_select(0, flat),
+            lambda: None,
+        )
+
+
+def attend_pairs(
+    queries: Tensor, scores: Tensor, pairs: Pairs, *, metric: str, scale: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax attention of each query over its own retrieved pairs (Memorizing Transformers §3.2).
+
+    The gradient reaches the queries and `scale`, never the stored pairs.
+
+    Args:
+        queries: `[m, dim]`, those whose product with the keys made the scores (normalised, for the cosine).
+        scores: `[m, k]`, what the search computed; anything where the mask is false.
+        pairs: the pairs retrieved.
+        metric: "ip", "cosine" or "l2".
+        scale: factor of the scores, a number or `[m, 1]`.
+
+    Returns:
+        The output `[m, value_dim]`, the log of the softmax' denominator `[m]` and the weights `[m, k]`.
+    """
+    m, k = pairs.slots.shape
+    if k == 0:
+        nothing = queries.new_zeros(m, pairs.values.shape[1])
+        return nothing, queries.new_full((m,), -torch.inf), queries.new_zeros(m, 0)
+    scores = _Scores.apply(queries, scores.masked_fill(~pairs.mask, 0.0), pairs, metric)
+    some = pairs.mask.any(-1, keepdim=True)
+    # Rows without any pair take part as zeros and are put right at the end: a softmax over nothing but
+    # -inf would poison the gradient with NaN.
+    logits = (scores * scale).masked_fill(~pairs.mask & some, -torch.inf)
+    denominator = torch.logsumexp(logits, -1, keepdim=True)
+    weights = (logits - denominator).exp().masked_fill(~pairs.mask, 0.0)
+    output = _WeightedSum.apply(weights, pairs)
+    total = torch.where(some, denominator, -torch.inf).squeeze(-1)
+    return output, total, weights.detach()

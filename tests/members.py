@@ -1,0 +1,53 @@
+"""Every registered member in a size that tests can afford."""
+
+from typing import Any
+
+from memory_models import MemoryLM, MemoryModule, create, create_lm, list_models
+from memory_models.models import config_fields
+
+MEMBERS = list_models()
+SMALL = {"dim": 16, "depth": 2, "heads": 2, "segment_length": 6}
+# Small enough to evict, and so that nothing divides anything.
+OWN: dict[str, dict[str, Any]] = {
+    "htm": {"chunk_size": 4, "chunks": 3, "topk": 2},
+    "full": {"context": 9},
+    "transformer-xl": {"cache": 5},
+    "gru": {"hidden": 12},
+}
+# Options that change what a member carries or how it writes, by member.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *(
+        (name, {"token_shift": True, "matching_layer": True})
+        for name in MEMBERS
+        if {"token_shift", "matching_layer"} <= config_fields(name).keys()
+    ),
+    ("window", {"dim_head": 3, "depth": 1, "segment_length": 1}),
+    ("window", {"dropout": 0.3}),
+    ("htm", {"write_gradient": True}),
+    ("htm", {"write_gradient": True, "chunks": 1, "chunk_size": 5}),
+    ("htm", {"chunk_size": 13, "topk": 8}),
+    ("htm", {"memory_layers": (1,), "positions": False, "memory_heads": 1, "memory_dim_head": 3}),
+    ("htm", {"chunk_size": 1, "chunks": 4, "topk": 4, "init_scale": None}),
+    ("full", {"context": 0}),
+    ("full", {"context": 64}),
+    ("transformer-xl", {"cache": 0}),
+    ("transformer-xl", {"cache": 14, "dim_head": 5}),
+    ("transformer-xl", {"cache": 3, "token_shift": True, "matching_layer": True}),
+    ("gru", {"depth": 1, "hidden": None}),
+]
+
+
+def small_options(name: str, **options: Any) -> dict[str, Any]:
+    """Options of a tiny member; `options` come last."""
+    known = config_fields(name)
+    return {key: value for key, value in SMALL.items() if key in known} | OWN.get(name, {}) | options
+
+
+def small(name: str, **options: Any) -> MemoryModule[Any]:
+    """A tiny member in evaluation mode."""
+    return create(name, **small_options(name, **options)).eval()
+
+
+def small_lm(name: str, *, vocab_size: int = 11, **options: Any) -> MemoryLM:
+    """A tiny language model in evaluation mode, in float64 so that equalities can be asked for."""
+    return create_lm(name, vocab_size=vocab_size, **small_options(name, **options)).double().eval()
