@@ -269,7 +269,11 @@ def command_of(spec: RunSpec) -> str:
 
 
 def _changes(scope: str, usual: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    changed = {name: value for name, value in wanted.items() if name not in usual or usual[name] != value}
+    # As plain JSON: a record that was read back has lists where the tables have tuples.
+    usual = plain(usual)
+    changed = {
+        name: value for name, value in plain(wanted).items() if name not in usual or usual[name] != value
+    }
     return [f"{scope}.{name}={_text(value)}" for name, value in changed.items()]
 
 

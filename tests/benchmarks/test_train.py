@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import shlex
 import signal
@@ -76,6 +77,12 @@ def test_the_command_in_a_record_plans_the_same_run(task: str) -> None:
     assert words[:8] == ["memory-bench", "run", "--model", TINY, "--task", task, "--seed", "3"]
     again = plan(TINY, task, 3, assignments=words[words.index("--set") + 1 :])
     assert again.id == spec.id
+
+
+def test_the_command_of_usual_settings_names_none_of_them() -> None:
+    # A record is read back from JSON, which turns the tuples of the tables into lists.
+    spec = RunSpec.from_json(json.loads(json.dumps(plan("htm", "recall", 0).to_json())))
+    assert "--set" not in command_of(spec)
 
 
 @pytest.mark.parametrize("task", ["recall", STREAM])
