@@ -18,7 +18,7 @@ class HTMConfig(TransformerConfig):
     topk: int = 8
     """Chunks each query reads; fewer where there are fewer."""
     memory_layers: tuple[int, ...] | None = None
-    """Layers that read a memory of their own, counted from 0; None: every layer, as in the paper."""
+    """Layers that read a memory of their own, from 0, or from -1 for the last; None: all, as in the paper."""
     memory_heads: int | None = None
     """Heads of the attention inside a chunk; None: heads."""
     memory_dim_head: int | None = None
@@ -39,13 +39,15 @@ class HTMConfig(TransformerConfig):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         layers = self.layers_with_memory
-        if not layers or len(set(layers)) != len(layers) or not all(0 <= i < self.depth for i in layers):
+        fits = all(-self.depth <= layer < self.depth for layer in self.memory_layers or ())
+        if not layers or len(set(layers)) != len(layers) or not fits:
             raise ValueError(
-                f"memory_layers ({self.memory_layers}) must name different layers "
-                f"between 0 and {self.depth - 1}"
+                f"memory_layers ({self.memory_layers}) must name different layers of 0 to {self.depth - 1}, "
+                f"or of -1 to {-self.depth}"
             )
 
     @property
     def layers_with_memory(self) -> tuple[int, ...]:
-        """The layers that read a memory."""
-        return tuple(range(self.depth)) if self.memory_layers is None else tuple(self.memory_layers)
+        """The layers that read a memory, from 0."""
+        chosen = range(self.depth) if self.memory_layers is None else self.memory_layers
+        return tuple(layer % self.depth for layer in chosen)

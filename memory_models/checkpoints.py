@@ -1,7 +1,8 @@
 """Models and memories on disk: safetensors beside readable JSON, written atomically.
 
 A model is a folder with `config.json` and `model.safetensors`; a memory is one safetensors file. Nothing
-is pickled, so a file from a stranger cannot run code.
+is pickled. A `config.json` names the class to build, which is imported: like any import, only from
+installed packages.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def save_model(model: MemoryModule[Any] | MemoryLM, folder: str | os.PathLike[st
 def load_model(
     folder: str | os.PathLike[str], *, device: torch.device | str | None = None
 ) -> MemoryModule[Any] | MemoryLM:
-    """Build the model that `save_model` wrote, in the dtype it was saved in.
+    """Build the model that `save_model` wrote, each tensor in the dtype it was saved in.
 
     Raises:
         FileNotFoundError: if the folder or one of its two files is missing.
@@ -83,10 +84,14 @@ def load_model(
     _check_same_save(folder, config, about)
     expected = dict(_unshared(model))
     _check_tensors(folder / WEIGHTS_FILE, expected, tensors)
-    # A model has one dtype; its first floating tensor tells which.
-    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
-    model.to(device=device, dtype=dtype)
-    model.load_state_dict(tensors, strict=False)
+    model.to(device=device)
+    # Each in the dtype it was saved in (norms may be wider than matrices); replacing the data, not the
+    # parameter, keeps tied weights tied.
+    for name, target in (*model.named_parameters(), *model.named_buffers()):
+        if name in tensors:
+            # A copy: what was read lies where the file had it, and unaligned products are slower and round
+            # differently.
+            target.data = tensors[name].clone()
     return model
 
 

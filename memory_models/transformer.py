@@ -196,13 +196,26 @@ class SegmentAttention(nn.Module):
 
     Args:
         config: widths, heads, segment length, dropout.
-        matching: whether this is the matching layer.
+        matching: whether this is the matching layer, that is all of the following.
+        cosine: cosine similarity with a learned scale, no positions; None: as `matching` says.
+        shift_keys: keys from the token before, mixed per channel; None: as `matching` says.
+        tie_keys: start key weights equal to the query weights; None: as `matching` says.
     """
 
-    def __init__(self, config: TransformerConfig, *, matching: bool = False) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        matching: bool = False,
+        cosine: bool | None = None,
+        shift_keys: bool | None = None,
+        tie_keys: bool | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.matching = matching
+        self.cosine = matching if cosine is None else cosine
+        self.shift_keys = matching if shift_keys is None else shift_keys
         inner = config.heads * config.head_width
         self.norm = nn.RMSNorm(config.dim)
         self.to_queries = nn.Linear(config.dim, inner, bias=False)
@@ -210,10 +223,12 @@ class SegmentAttention(nn.Module):
         self.to_values = nn.Linear(config.dim, inner, bias=False)
         self.to_out = nn.Linear(inner, config.dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        if matching:
+        if self.cosine:
             self.log_scale = nn.Parameter(torch.full((config.heads, 1), math.log(MATCHING_SCALE)))
+        if self.shift_keys:
             self.mix_own = nn.Parameter(torch.full((config.dim,), 0.1))
             self.mix_previous = nn.Parameter(torch.ones(config.dim))
+        if matching if tie_keys is None else tie_keys:
             with torch.no_grad():
                 self.to_keys.weight.copy_(self.to_queries.weight)
 
@@ -223,7 +238,7 @@ class SegmentAttention(nn.Module):
         slots = weight.new_zeros(
             batch_size, self.config.segment_length, self.config.heads, self.config.head_width
         )
-        last = weight.new_zeros(batch_size, self.config.dim if self.matching else 0)
+        last = weight.new_zeros(batch_size, self.config.dim if self.shift_keys else 0)
         return SegmentCache(keys=slots, values=slots.clone(), last=last)
 
     def project(self, x: Tensor, cache: SegmentCache, place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -233,14 +248,14 @@ class SegmentAttention(nn.Module):
             x: the layer's normalised input `[batch, time, dim]`.
         """
         keyed, last = x, cache.last
-        if self.matching:
+        if self.shift_keys:
             keyed = self.mix_own * x + self.mix_previous * previous(x, cache.last, place.filled)
             last = last_token(x, cache.last, place.lengths)
         split = "b t (h d) -> b t h d"
         queries = rearrange(self.to_queries(x), split, h=self.config.heads)
         keys = rearrange(self.to_keys(keyed), split, h=self.config.heads)
         values = rearrange(self.to_values(x), split, h=self.config.heads)
-        if self.matching:
+        if self.cosine:
             queries = F.normalize(queries, dim=-1) * self.log_scale.exp()
             keys = F.normalize(keys, dim=-1)
         return queries, keys, values, last
@@ -260,7 +275,7 @@ class SegmentAttention(nn.Module):
             `[batch, time, dim]` and the cache with these tokens appended.
         """
         queries, keys, values, last = self.project(self.norm(x), cache, place)
-        if not self.matching:
+        if not self.cosine:
             queries, keys = rotate(queries, place.positions), rotate(keys, place.positions)
         cache = append_to_cache(cache, keys, values, last, place)
         attended = self.attend(queries, cache, place, past=past)
@@ -287,7 +302,7 @@ class SegmentAttention(nn.Module):
             attn_mask=mask,
             dropout_p=self.dropout.p if self.training else 0.0,
             is_causal=mask is None,
-            scale=1.0 if self.matching else None,
+            scale=1.0 if self.cosine else None,
         )
         return attended.transpose(1, 2)
 

@@ -59,21 +59,24 @@ def unroll(
         if x.shape[1]:
             start[:, 0] = reset
         reset = start
+    module = model.module if isinstance(model, MemoryLM) else model
     outputs, begin, ended = [], 0, 0
     # An open segment may be longer than `segment`; then it ends before the first token.
     room = max(0, length - _open(memory))
     while True:
         end = min(begin + room, x.shape[1])
         last = end == x.shape[1]
+        ends = close if last and end - begin < room else True
         out = model(
             x[:, begin:end],
             memory,
             mask=None if mask is None else mask[:, begin:end],
             reset=None if reset is None else reset[:, begin:end],
-            close=close if last and end - begin < room else True,
+            close=ends,
         )
         outputs.append(out[0])
-        memory = out[1]
+        # Between segments is when an outside store is written.
+        memory = module.commit(out[1]) if ends else out[1]
         if last:
             break
         ended += 1

@@ -1,4 +1,4 @@
-"""Every code block of the README is run: the Python ones together, the commands as far as they go in seconds."""
+"""Every code block of the README is run: the Python ones in order, the commands as far as seconds go."""
 
 from __future__ import annotations
 

@@ -241,31 +241,28 @@ class Reading:
 
 
 class StreamReading(Reading):
-    """A step of an agent: our read of chunks whose summaries lie ready, as a stream keeps them."""
+    """A step of an agent: our read of a memory that was written as a stream, whose summaries lie ready."""
 
     def __init__(self, attention: nn.Module, settings: Mapping[str, Any]) -> None:
         super().__init__(attention, settings)
-        from htm.layers import summarize
+        from htm.memory import ChunkMemory
 
-        self.contents = self.memories.unflatten(1, (-1, CHUNK))
-        self.summaries = summarize(self.memories, CHUNK)
-        # What a ring knows of its chunks: how many tokens each one holds.
-        self.lengths = torch.full(self.summaries.shape[:2], CHUNK) if settings["mask"] else None
+        batch, time, dim = self.memories.shape
+        memory = ChunkMemory.empty(batch, time // CHUNK, CHUNK, dim, like=self.memories)
+        self.memory = memory.append(self.memories)
+        self.start = ChunkMemory.empty(batch, 2 * TOPK, CHUNK, dim, like=self.memories)
+        self.start = self.start.append(self.memories[:, : 2 * TOPK * CHUNK])
 
     def step(self, index: int) -> Tensor:
         """One query against the whole memory."""
-        with torch.no_grad():
-            return self.attention.read(  # type: ignore[operator]
-                self.queries[index % len(self.queries)], self.contents, self.summaries, lengths=self.lengths
-            )
+        return self._read_stream(self.queries[index % len(self.queries)], self.memory)
 
     def warm_up(self) -> None:
         """The same on the first chunks."""
-        lengths = None if self.lengths is None else self.lengths[:, : 2 * TOPK]
+        self._read_stream(self.queries[0], self.start)
+
+    def _read_stream(self, queries: Tensor, memory: Any) -> Tensor:
         with torch.no_grad():
-            self.attention.read(  # type: ignore[operator]
-                self.queries[0],
-                self.contents[:, : 2 * TOPK].contiguous(),
-                self.summaries[:, : 2 * TOPK].contiguous(),
-                lengths=lengths,
+            return self.attention.read(  # type: ignore[operator]
+                queries, memory.contents, memory.summaries, lengths=memory.lengths()
             )
