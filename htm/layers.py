@@ -284,6 +284,9 @@ class HTMAttention(nn.Module):
         if chunk_mask is not None:
             rows = 1 if chunk_mask.ndim == 3 and chunk_mask.shape[1] == 1 else queries.shape[1]
             _check_mask("chunk_mask", chunk_mask, ("batch", "queries", "chunks"), (batch, rows, chunks))
+        if lengths is not None and lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Asking is cheap on a CPU, and a memory of full chunks, the usual one, needs no masks at all.
+            lengths = None if bool((lengths == size).all()) else lengths
         if lengths is not None and mask is not None:
             place = torch.arange(size, device=lengths.device)
             mask, lengths = mask & (place < lengths[..., None]), None
@@ -315,7 +318,8 @@ class HTMAttention(nn.Module):
             self._summary_queries(queries), summaries, available, self.topk_mems
         )
         folded = self._folded_queries(queries)
-        mixed, _ = inner.attend(
+        plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        mixed, _ = (inner.attend_without_gradient if plain else inner.attend)(
             folded,
             scores.to(folded.dtype) if self.matching else _weights(scores, allowed).to(folded.dtype),
             chosen,
