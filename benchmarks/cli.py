@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 if TYPE_CHECKING:
-    from benchmarks.report import Comparison
     from benchmarks.settings import RunSpec
+    from benchmarks.summary import Comparison
     from benchmarks.train import Progress
 
 EXIT_OK, EXIT_FAILED_RUN, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -285,7 +285,8 @@ def _models(names: Sequence[str]) -> list[str]:
 
 
 def _report(folder: Path, out: Path) -> None:
-    from benchmarks.report import NothingToReportError, load, write_report
+    from benchmarks.report import write_report
+    from benchmarks.summary import NothingToReportError, load
 
     try:
         comparison = load(folder)

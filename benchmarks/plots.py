@@ -16,8 +16,8 @@ except ImportError as error:
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
-from benchmarks.report import Comparison, Row, point, title
 from benchmarks.results import write_atomically
+from benchmarks.summary import Comparison, Row, point, title
 
 # One colour for each member, the same in every picture of every report.
 _COLOURS = {

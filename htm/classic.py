@@ -11,26 +11,21 @@
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from htm.layers import HTMAttention, HTMBlock
 
-if TYPE_CHECKING:
-    import numpy as np
-
 __all__ = ["HTMAttention", "HTMBlock", "load_published"]
 
 _POSITIONS = "pos_emb.inv_freqs"
 # adds the same to every score of a query, which softmax and top-k do not see
 _WITHOUT_EFFECT = "to_summary_keys.bias"
-_MINDSPORE = {"norm.gamma": "norm.weight", "norm.beta": "norm.bias"}
 
 
 def load_published(
-    module: HTMAttention | HTMBlock, state_dict: "Mapping[str, Tensor | np.ndarray]"
+    module: HTMAttention | HTMBlock, state_dict: Mapping[str, Tensor]
 ) -> HTMAttention | HTMBlock:
     """Copy weights of htm-pytorch's class of the same name into `module`.
 
@@ -41,8 +36,7 @@ def load_published(
     Args:
         module: built with the published module's `dim`, `heads`, `dim_head` and `add_pos_enc`; chunk size
             and top-k have no weights and must be given alike.
-        state_dict: as saved by htm-pytorch, or numpy arrays with the MindSpore port's names
-            (`norm.gamma`, `norm.beta`).
+        state_dict: as saved by htm-pytorch.
 
     Returns:
         `module` itself.
@@ -50,7 +44,7 @@ def load_published(
     Raises:
         ValueError: if a weight is missing, unknown or of another shape; nothing is loaded then.
     """
-    given = {_MINDSPORE.get(name, name): torch.as_tensor(value) for name, value in state_dict.items()}
+    given = dict(state_dict)
     block = isinstance(module, HTMBlock)
     attention = module.attn if isinstance(module, HTMBlock) else module
     prefix = "attn." if block else ""
@@ -59,7 +53,7 @@ def load_published(
         raise ValueError(
             f"these are the weights of an {kind}, got an {type(module).__name__} to load them into"
         )
-    _check_positions(attention, prefix + _POSITIONS in given, arrays=not _all_tensors(state_dict))
+    _check_positions(attention, prefix + _POSITIONS in given)
 
     inner = attention.heads * attention.dim_head
     dim = attention.dim
@@ -108,13 +102,8 @@ def load_published(
     return module
 
 
-def _all_tensors(state_dict: "Mapping[str, Tensor | np.ndarray]") -> bool:
-    return all(isinstance(value, Tensor) for value in state_dict.values())
-
-
-def _check_positions(attention: HTMAttention, published: bool, *, arrays: bool) -> None:
-    # arrays of other frameworks may leave the constant table out: its absence says nothing there
-    if published == attention.add_pos_enc or (arrays and not published):
+def _check_positions(attention: HTMAttention, published: bool) -> None:
+    if published == attention.add_pos_enc:
         return
     raise ValueError(
         f"the weights were saved {'with' if published else 'without'} positions ({_POSITIONS}); "

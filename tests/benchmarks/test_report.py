@@ -14,11 +14,8 @@ import pytest
 
 from benchmarks import plots
 from benchmarks.report import (
-    Figure,
-    NothingToReportError,
     as_csv,
     count,
-    load,
     main_metrics,
     markdown,
     number,
@@ -27,6 +24,7 @@ from benchmarks.report import (
     write_report,
 )
 from benchmarks.results import DIVERGED, FAILED, FINISHED, Results, write_json
+from benchmarks.summary import Figure, NothingToReportError, load
 
 GAPS = ("gap 0", "gap 1", "gap 2")
 
