@@ -46,9 +46,10 @@ class ChunkMemory(Memory):
 
     def lengths(self) -> Tensor:
         """int64 `[batch, m]`: tokens that each chunk holds, 0 for a slot not yet used."""
-        size = self.contents.shape[2]
-        number = numbers(-(-self.total // size), self.contents.shape[1])
-        return torch.where(number >= 0, (self.total[:, None] - number * size).clamp(max=size), 0)
+        slots, size = self.contents.shape[1:3]
+        # Tokens since each slot was first begun; counted afresh whenever the ring comes round to it.
+        since = self.total[:, None] - torch.arange(0, slots * size, size, device=self.total.device)
+        return torch.where(since > 0, (since - 1) % (slots * size) + 1, 0).clamp(max=size)
 
     def ages(self) -> Tensor:
         """int64 `[batch, m]`: tokens between each chunk's first and the newest; -1 for a slot not used."""
