@@ -50,6 +50,14 @@ for _entry in (
         paper="Lampinen et al. 2021, arXiv:2105.14039",
     ),
     ModelInfo(
+        "memorizing",
+        "memorizing.model:Memorizing",
+        summary="Memorizing Transformer: attend to the nearest of all earlier keys and values",
+        tags=("family",),
+        carries="per memory layer: keys and values of past tokens, first in, first out",
+        paper="Wu et al. 2022, arXiv:2203.08913",
+    ),
+    ModelInfo(
         "window",
         "benchmarks.controls.window:Window",
         summary="the same transformer with no memory: lower control",

@@ -1,0 +1,172 @@
+"""Attention from queries to the nearest pairs of a ring inside the state, without laying the pairs out.
+
+A custom operator, so that `torch.compile` and `torch.export` keep the search and its tiles as they are.
+Only slots that hold a pair are looked at, so that an empty one cannot win, whatever it holds.
+"""
+
+# axes: b batch, h heads, i queries, m memories, k pairs read, d dim, e dim of a value;
+# g rows of one group times heads, n pairs held
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memorizing.knn.attend import bag
+from memorizing.knn.exact import exact_top_k
+
+# Bytes of gathered values held at a time in the backward pass: on a CPU they should stay in cache.
+CPU_BLOCK_BYTES = 2 * 2**20
+DEVICE_BLOCK_BYTES = 128 * 2**20
+
+
+@torch.library.custom_op(
+    "memory_models::memorizing_attend",
+    mutates_args=(),
+    schema="(Tensor queries, Tensor keys, Tensor values, Tensor total, int topk) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def attend(
+    queries: Tensor,  # [b, h, i, d], float32 or float64, scaled
+    keys: Tensor,  # [b, h, m, d], of any floating dtype
+    values: Tensor,  # [b, h, m, e]
+    total: Tensor,  # int64 [b], pairs ever written
+    topk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Softmax attention of each query over the `topk` pairs of its row and head with the largest product.
+
+    The gradient reaches the queries and never the pairs.
+
+    Returns:
+        The output `[b, h, i, e]`, the log of the softmax' denominator `[b, h, i]`, and the slots and the
+        weights `[b, h, i, k]` of the pairs read, where `k = min(topk, m)`. Where fewer pairs are held, the
+        last weights are 0; where none is, the output is 0 and the logarithm minus infinity.
+    """
+    b, h, i, _ = queries.shape
+    m, e, k = keys.shape[2], values.shape[3], min(topk, keys.shape[2])
+    out = queries.new_zeros(b * h, i, e)
+    log = queries.new_full((b * h, i), -torch.inf)
+    slots = torch.zeros(b * h, i, k, dtype=torch.int64, device=queries.device)
+    weights = queries.new_zeros(b * h, i, k)
+    flat_queries, flat_keys, table = queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 2)
+    with torch.autocast(queries.device.type, enabled=False):
+        for group, held in _groups(total, h, m):
+            found = exact_top_k(flat_queries[group], flat_keys[group, :held], min(k, held), ordered=False)
+            denominator = found.scores.logsumexp(-1, keepdim=True)
+            weight = (found.scores - denominator).exp()
+            summed = bag(weight.flatten(0, 1), _places(found.slots, group, m), table)
+            out[group] = summed.view(-1, i, e)
+            log[group] = denominator.squeeze(-1)
+            slots[group, :, : found.slots.shape[2]] = found.slots
+            weights[group, :, : found.slots.shape[2]] = weight
+    return out.view(b, h, i, e), log.view(b, h, i), slots.view(b, h, i, k), weights.view(b, h, i, k)
+
+
+@torch.library.custom_op(
+    "memory_models::memorizing_attend_backward",
+    mutates_args=(),
+    schema="(Tensor? grad, Tensor? log_grad, Tensor keys, Tensor values, Tensor total, Tensor slots, "
+    "Tensor weights) -> Tensor",
+)
+def _attend_backward(
+    grad: Tensor | None,
+    log_grad: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    total: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """The gradient of `attend` for the queries, `[b, h, i, d]`."""
+    (b, h, i, k), m, d = slots.shape, keys.shape[2], keys.shape[3]
+    flat_slots, flat_weights = slots.flatten(0, 1), weights.flatten(0, 1)
+    query_grad = weights.new_zeros(b * h, i, d)
+    key_table, value_table = keys.flatten(0, 2), values.flatten(0, 2)
+    with torch.autocast(weights.device.type, enabled=False):
+        for group, held in _groups(total, h, m):
+            read = min(k, held)
+            places = _places(flat_slots[group, :, :read], group, m)
+            weight = flat_weights[group, :, :read].flatten(0, 1)
+            score_grad = torch.zeros_like(weight)
+            if grad is not None:
+                weight_grad = _dots(grad.flatten(0, 1)[group].flatten(0, 1), places, value_table)
+                score_grad = weight * weight_grad
+                score_grad = score_grad - weight * score_grad.sum(-1, keepdim=True)
+            if log_grad is not None:
+                score_grad = score_grad + weight * log_grad.flatten(0, 1)[group].flatten()[:, None]
+            query_grad[group] = bag(score_grad, places, key_table).view(-1, i, d)
+    return query_grad.view(b, h, i, d)
+
+
+def _groups(total: Tensor, heads: int, memories: int) -> Iterator[tuple[slice, int]]:
+    """Neighbouring rows that hold equally many pairs, as a slice of `b * h`; rows without are left out."""
+    first = 0
+    for held, rows in groupby(total.clamp(max=memories).tolist()):
+        last = first + len(list(rows)) * heads
+        if held > 0:
+            yield slice(first, last), held
+        first = last
+
+
+def _places(slots: Tensor, group: slice, memories: int) -> Tensor:
+    """Slots `[g, i, k]` as rows of a table `[b h m, ...]`, `[g i, k]`."""
+    start = torch.arange(group.start, group.stop, device=slots.device) * memories
+    return (slots + start[:, None, None]).flatten(0, 1)
+
+
+def _dots(vectors: Tensor, places: Tensor, table: Tensor) -> Tensor:
+    """`vectors[i] . table[places[i, j]]`, `[i, k]`, some rows at a time."""
+    count, k = places.shape
+    limit = CPU_BLOCK_BYTES if table.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    step = max(1, limit // max(1, k * table.shape[1] * table.element_size()))
+    out = vectors.new_empty(count, 1, k)
+    buffer = table.new_empty(min(step, count) * k, table.shape[1])
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        rows = torch.index_select(table, 0, places[start:stop].flatten(), out=buffer[: (stop - start) * k])
+        rows = rows.view(stop - start, k, -1).to(vectors.dtype)
+        # Row times matrix: the same product as matrix times column runs eight times slower.
+        torch.bmm(vectors[start:stop, None], rows.mT, out=out[start:stop])
+    return out.squeeze(1)
+
+
+@attend.register_fake
+def _(
+    queries: Tensor, keys: Tensor, values: Tensor, total: Tensor, topk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (*queries.shape[:3], min(topk, keys.shape[2]))
+    out = queries.new_empty(*queries.shape[:3], values.shape[3])
+    log = queries.new_empty(queries.shape[:3])
+    return out, log, queries.new_empty(shape, dtype=torch.int64), queries.new_empty(shape)
+
+
+@_attend_backward.register_fake
+def _(
+    grad: Tensor | None,
+    log_grad: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    total: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    return weights.new_empty(*weights.shape[:3], keys.shape[3])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, keys, values, total, _ = inputs
+    ctx.save_for_backward(keys, values, total, output[2], output[3])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, grad: Tensor | None, log_grad: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad is None and log_grad is None:
+        return (None,) * 5
+    return _attend_backward(grad, log_grad, *ctx.saved_tensors), *[None] * 4
+
+
+attend.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -1,0 +1,198 @@
+"""Attention with a memory of pairs beside it, usable alone.
+
+Wu et al., "Memorizing Transformers" (arXiv 2203.08913), §3.1 and §3.2: normalised queries and keys, the
+nearest pairs of the memory, and a learned share of what they give.
+"""
+
+# b batch, t time, s slots of past and open segment, h heads, d width of a head
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from memorizing.attend import attend
+from memorizing.config import MemorizingConfig
+from memorizing.memory import PairMemory
+from memory_models.transformer import Past, Place, SegmentAttention, SegmentCache, append_to_cache
+
+
+def read_pairs(queries: Tensor, memory: PairMemory, *, topk: int) -> tuple[Tensor, Tensor]:
+    """Attend from each query to the nearest pairs of its row and of its head's store.
+
+    Exact search. The gradient reaches the queries, and through them their scale, never the memory; the
+    pairs found are read where they lie.
+
+    Args:
+        queries: `[batch, time, heads, dim_head]`, normalised and scaled like those of `KNNAttention`;
+            a logit is the product with a key.
+        memory: the pairs.
+        topk: pairs read; fewer where fewer are held.
+
+    Returns:
+        `[batch, time, heads, dim_head]`, 0 for a row that holds nothing, and the log of the softmax'
+        denominator `[batch, time, heads]`, minus infinity there; both in float32 or better.
+
+    Raises:
+        ValueError: if rows or widths differ, or the stores do not divide the heads.
+    """
+    batch, time, heads, width = queries.shape
+    stores = memory.keys.shape[1]
+    if (batch, width) != (memory.keys.shape[0], memory.keys.shape[3]) or heads % stores:
+        raise ValueError(
+            f"queries {tuple(queries.shape)} [batch, time, heads, dim_head] do not fit the memory's keys "
+            f"{tuple(memory.keys.shape)} [batch, stores, memories, dim_head]"
+        )
+    exact = torch.promote_types(queries.dtype, torch.float32)
+    # The heads that share a store ask it together.
+    asked = rearrange(queries.to(exact), "b t (s h) d -> b s (h t) d", s=stores).contiguous()
+    output, total, _, _ = attend(asked, memory.keys.detach(), memory.values.detach(), memory.total, topk)
+    output = rearrange(output, "b s (h t) d -> b t (s h) d", t=time)
+    return output, rearrange(total, "b s (h t) -> b t (s h)", t=time)
+
+
+class _SharedHeads(nn.Linear):
+    # A projection to fewer heads, each of which stands in the place of several.
+    def __init__(self, dim: int, *, heads: int, stores: int, width: int) -> None:
+        super().__init__(dim, stores * width, bias=False)
+        self.width, self.shared = width, heads // stores
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = super().forward(x).unflatten(-1, (-1, self.width))
+        return made.repeat_interleave(self.shared, -2).flatten(-2)
+
+
+class KNNAttention(SegmentAttention):
+    """Causal attention within a segment, joined with attention to the nearest pairs of a memory.
+
+    Cosine similarity with a learned scale per head (10 at first), shared by memory and segment, and no
+    positions in this layer. Its weights are those of `SegmentAttention`, with one gate per head.
+
+        attention = KNNAttention(MemorizingConfig(dim=64, heads=4))
+        y, memory = attention.segment(x)             # x [batch, time, dim]; y is to be added to x
+        y, memory = attention.segment(x, memory)     # sees all pairs of the segment before
+
+    Args:
+        config: widths, `topk`, `memories`, `kv_heads`, `combine`, `shift_keys`, `tie_keys`. With
+            `combine="gate"` the result is `g * memory + (1 - g) * local`, with `g` the sigmoid of a
+            learned number per head (§3.1, 0 at first), and local attention alone in a row that holds
+            nothing. With "softmax" it is one softmax over the pairs found and the segment.
+        matching: keys from the token before and key weights started equal to the query weights, where
+            the config leaves these open.
+    """
+
+    def __init__(self, config: MemorizingConfig, *, matching: bool = False) -> None:
+        super().__init__(
+            config, matching=matching, cosine=True, shift_keys=config.shift_keys, tie_keys=config.tie_keys
+        )
+        self.topk, self.combine = config.topk, config.combine
+        self.memories, self.stores = config.memories, config.stores
+        if config.stores < config.heads:
+            sizes = {"heads": config.heads, "stores": config.stores, "width": config.head_width}
+            self.to_keys = _SharedHeads(config.dim, **sizes)
+            self.to_values = _SharedHeads(config.dim, **sizes)
+            if matching if config.tie_keys is None else config.tie_keys:
+                # Each key head starts as the first of the query heads that share it.
+                first = self.to_queries.weight.view(config.stores, -1, config.head_width, config.dim)[:, 0]
+                with torch.no_grad():
+                    self.to_keys.weight.copy_(first.flatten(0, 1))
+        if config.combine == "gate":
+            self.gate = nn.Parameter(torch.zeros(config.heads, 1))
+
+    def init_memory(self, batch_size: int) -> PairMemory:
+        """A memory that holds nothing."""
+        config, weight = self.config, self.to_queries.weight
+        return PairMemory.empty(batch_size, self.memories, self.stores, config.head_width, like=weight)
+
+    def segment(
+        self, x: Tensor, memory: PairMemory | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, PairMemory]:
+        """One whole segment of any length: read, then write.
+
+        Args:
+            x: `[batch, time, dim]`, the residual stream.
+            memory: what the segment before returned; None starts afresh.
+            lengths: int64 `[batch]`: row `b`'s first `lengths[b]` tokens are real; None means all.
+
+        Returns:
+            `[batch, time, dim]` without the residual, anything at padding, and the memory with the
+            segment's pairs.
+        """
+        batch, time, _ = x.shape
+        if memory is None:
+            memory = self.init_memory(batch)
+        if time == 0:
+            return x, memory
+        place = Place.of(torch.zeros_like(memory.total), time, None, time)
+        # Padding comes last and is not written; causal attention hides it from what is real.
+        attended, cache = self(x, self.init_cache(batch), place, memory=memory)
+        return attended, memory.append(cache.keys, cache.values, lengths)
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: SegmentCache,
+        place: Place,
+        *,
+        past: Past | None = None,
+        memory: PairMemory | None = None,
+    ) -> tuple[Tensor, SegmentCache]:
+        """Attend to the open segment, to `past` and to the memory; the caller adds the residual.
+
+        Args:
+            x: `[batch, time, dim]`, the residual stream.
+            cache: the layer's part of the open segment.
+            place: where these tokens lie.
+            past: keys and values from before the segment that are not in the memory.
+            memory: the pairs; nothing is written to them.
+
+        Returns:
+            `[batch, time, dim]` and the cache with these tokens appended.
+        """
+        queries, keys, values, last = self.project(self.norm(x), cache, place)
+        cache = append_to_cache(cache, keys, values, last, place)
+        if memory is None:
+            attended = self.attend(queries, cache, place, past=past)
+        elif self.combine == "gate":
+            local = self.attend(queries, cache, place, past=past)
+            found, _ = read_pairs(queries, memory, topk=self.topk)
+            holds = (memory.total > 0).view(-1, 1, 1, 1)
+            # A row that holds nothing must not lose half of its attention.
+            gate = torch.where(holds, self.gate.sigmoid(), 0).to(local.dtype)
+            attended = gate * found.to(local.dtype) + (1 - gate) * local
+        else:
+            local, local_total = self._attend_with_total(queries, cache, place, past)
+            found, total = read_pairs(queries, memory, topk=self.topk)
+            # Two softmaxes make one when each gets its share of the common denominator.
+            share = (total - local_total).sigmoid()[..., None].to(local.dtype)
+            attended = share * found.to(local.dtype) + (1 - share) * local
+        return self.to_out(rearrange(attended, "b t h d -> b t (h d)")), cache
+
+    def _attend_with_total(
+        self, queries: Tensor, cache: SegmentCache, place: Place, past: Past | None
+    ) -> tuple[Tensor, Tensor]:
+        # Like `attend`, and the log of the softmax' denominator, which F.scaled_dot_product_attention
+        # keeps to itself. Dropout thins what is summed and leaves the denominator.
+        keys, values = cache.keys.to(queries.dtype), cache.values.to(queries.dtype)
+        time = queries.shape[1]
+        mask = place.causal
+        if mask is None:
+            mask = torch.ones(time, time, dtype=torch.bool, device=queries.device).tril()[None, None]
+        if past is not None:
+            keys = torch.cat([past.keys.to(keys.dtype), keys], 1)
+            values = torch.cat([past.values.to(values.dtype), values], 1)
+            seen = past.held[:, None, None, :].expand(-1, 1, time, -1)
+            mask = torch.cat([seen, mask.expand(seen.shape[0], -1, -1, -1)], -1)
+        exact = torch.promote_types(queries.dtype, torch.float32)
+        device = queries.device.type
+        # Logits reach several tens, which half precision knows to a quarter. The meta device has no
+        # autocast; asking about it raises.
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+            scores = torch.einsum("bthd,bshd->bhts", queries.to(exact), keys.to(exact))
+        scores = scores.masked_fill(~mask, -torch.inf)
+        total = scores.logsumexp(-1)
+        weights = self.dropout((scores - total[..., None]).exp().to(values.dtype))
+        return torch.einsum("bhts,bshd->bthd", weights, values), total.transpose(1, 2)
