@@ -84,7 +84,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "embedding_std": 0.05,
         },
         "htm": {"chunk_size": 4, "chunks": 1024, "topk": 32, "memory_layers": (-1,)},
-        "memorizing": {"memories": 4096, "topk": 32, "combine": "softmax"},
+        "memorizing": {"memories": 4096, "topk": 32, "combine": "softmax", "xl_cache": 64},
         "full": {"context": 1024},
         "transformer-xl": {"cache": 64},
         "gru": {"hidden": 256},

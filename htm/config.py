@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memory_models.transformer import TransformerConfig
+from memory_models.transformer import TransformerConfig, resolve_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +38,12 @@ class HTMConfig(TransformerConfig):
         for name in ("memory_heads", "memory_dim_head"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        layers = self.layers_with_memory
-        fits = all(-self.depth <= layer < self.depth for layer in self.memory_layers or ())
-        if not layers or len(set(layers)) != len(layers) or not fits:
-            raise ValueError(
-                f"memory_layers ({self.memory_layers}) must name different layers of 0 to {self.depth - 1}, "
-                f"or of -1 to {-self.depth}"
-            )
+        # A wrong layer is to be heard of here, not at the first call.
+        _ = self.layers_with_memory
 
     @property
     def layers_with_memory(self) -> tuple[int, ...]:
         """The layers that read a memory, from 0."""
-        chosen = range(self.depth) if self.memory_layers is None else self.memory_layers
-        return tuple(layer % self.depth for layer in chosen)
+        if self.memory_layers is None:
+            return tuple(range(self.depth))
+        return resolve_layers(self.memory_layers, self.depth)

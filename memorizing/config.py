@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from memory_models.transformer import TransformerConfig
+from memory_models.transformer import TransformerConfig, resolve_layers
 
 COMBINE = ("gate", "softmax")
 
@@ -19,7 +19,7 @@ class MemorizingConfig(TransformerConfig):
     topk: int = 32
     """Pairs each query reads; fewer where there are fewer."""
     memory_layers: tuple[int, ...] | None = None
-    """Layers with a memory, counted from 0; None: the matching layer, else one at 3/4 of the depth."""
+    """Layers with a memory, from 0, or from -1 for the last; None: the matching one, or 3/4 of the depth."""
     combine: str = "gate"
     """How memory and local attention are joined: "gate" (a learned share per head) or "softmax" (one)."""
     kv_heads: int | None = None
@@ -42,12 +42,8 @@ class MemorizingConfig(TransformerConfig):
             raise ValueError(f"xl_cache ({self.xl_cache}) must not be negative")
         if self.combine not in COMBINE:
             raise ValueError(f"combine ({self.combine!r}) must be one of {', '.join(map(repr, COMBINE))}")
-        layers = self.layers_with_memory
-        if not layers or len(set(layers)) != len(layers) or not all(0 <= i < self.depth for i in layers):
-            raise ValueError(
-                f"memory_layers ({self.memory_layers}) must name different layers "
-                f"between 0 and {self.depth - 1}"
-            )
+        # A wrong layer is to be heard of here, not at the first call.
+        _ = self.layers_with_memory
 
     @property
     def stores(self) -> int:
@@ -58,7 +54,7 @@ class MemorizingConfig(TransformerConfig):
     def layers_with_memory(self) -> tuple[int, ...]:
         """The layers that keep and read a memory (in the paper layer 9 of 12, §4.1)."""
         if self.memory_layers is not None:
-            return tuple(self.memory_layers)
+            return resolve_layers(self.memory_layers, self.depth)
         if self.matching_layer:
             return (self.depth - 1,)
         return (max(0, math.floor(0.75 * self.depth + 0.5) - 1),)

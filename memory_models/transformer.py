@@ -9,6 +9,7 @@ segment, whose keys and values travel in a `SegmentCache`; members put their mem
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,22 @@ class TransformerConfig:
     def feedforward_width(self) -> int:
         """Inner width of the feed-forward."""
         return self.ff_dim or math.ceil(self.dim * 8 / 3 / 8) * 8
+
+
+def resolve_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Layer numbers counted from 0; given from 0, or from -1 for the last.
+
+    Raises:
+        ValueError: if there is none, one twice, or one that does not exist.
+    """
+    fits = all(-depth <= layer < depth for layer in layers)
+    resolved = tuple(layer % depth for layer in layers)
+    if not fits or not resolved or len(set(resolved)) != len(resolved):
+        raise ValueError(
+            f"memory_layers ({tuple(layers)}) must name different layers of 0 to {depth - 1}, "
+            f"or of -1 to {-depth}"
+        )
+    return resolved
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ SMALL = {"dim": 16, "depth": 2, "heads": 2, "segment_length": 6}
 # Small enough to evict, and so that nothing divides anything.
 OWN: dict[str, dict[str, Any]] = {
     "htm": {"chunk_size": 4, "chunks": 3, "topk": 2},
+    "memorizing": {"memories": 7, "topk": 3},
     "full": {"context": 9},
     "transformer-xl": {"cache": 5},
     "gru": {"hidden": 12},
@@ -28,6 +29,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("htm", {"chunk_size": 13, "topk": 8}),
     ("htm", {"memory_layers": (1,), "positions": False, "memory_heads": 1, "memory_dim_head": 3}),
     ("htm", {"chunk_size": 1, "chunks": 4, "topk": 4, "init_scale": None}),
+    ("memorizing", {"combine": "softmax"}),
+    ("memorizing", {"combine": "softmax", "topk": 9, "memory_layers": (0, -1)}),
+    ("memorizing", {"xl_cache": 5, "kv_heads": 1, "token_shift": True, "matching_layer": True}),
     ("full", {"context": 0}),
     ("full", {"context": 64}),
     ("transformer-xl", {"cache": 0}),

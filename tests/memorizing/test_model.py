@@ -194,7 +194,7 @@ def test_the_memory_stands_where_the_paper_has_it() -> None:
         ({"heads": 4, "kv_heads": 3}, "kv_heads"),
         ({"combine": "sum"}, "gate"),
         ({"memory_layers": ()}, "memory_layers"),
-        ({"memory_layers": (2,)}, "between 0 and 1"),
+        ({"memory_layers": (2,)}, "of 0 to 1"),
         ({"memory_layers": (0, 0)}, "different"),
     ],
     ids=str,
