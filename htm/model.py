@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from htm.chunks import with_previous
 from htm.config import HTMConfig
-from htm.layers import HTMAttention, with_previous
+from htm.layers import HTMAttention
 from htm.memory import ChunkMemory, HTMMemory
 from memory_models.module import MemoryModule
 from memory_models.ring import append

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from htm import HTMAttention, HTMBlock, chunk_positions, layers, summarize
+from htm import HTMAttention, HTMBlock, chunk_positions, chunks, summarize
 from htm import attend as inner
 from tests.reference import htm as reference
 
@@ -58,7 +58,7 @@ def gradients(module: HTMAttention, out: Tensor, *inputs: Tensor) -> dict[str, T
     }
 
 
-def close(left: Tensor, right: Tensor, atol: float = 1e-10) -> None:
+def assert_close(left: Tensor, right: Tensor, atol: float = 1e-10) -> None:
     torch.testing.assert_close(left, right, rtol=0, atol=atol)
 
 
@@ -85,10 +85,10 @@ def test_equals_the_loop_in_values_and_gradients(masks: str, time: int, position
     expected = loop(
         module, queries, memories, mask=given.get("mask"), chunk_mask=given.get("chunk_attn_mask")
     )
-    close(out, expected)
+    assert_close(out, expected)
     found, wanted = gradients(module, out, queries), gradients(module, expected, queries)
     for name in wanted:
-        close(found[name], wanted[name])
+        assert_close(found[name], wanted[name])
 
 
 @pytest.mark.usefixtures("block_bytes")
@@ -107,7 +107,7 @@ def test_gradient_reaches_the_memories_only_on_request(masked: bool) -> None:
     expected = loop(module, queries, memories, mask=mask)
     found = gradients(module, out, queries, memories)
     for name, gradient in gradients(module, expected, queries, memories).items():
-        close(found[name], gradient)
+        assert_close(found[name], gradient)
 
 
 def test_gradcheck() -> None:
@@ -134,7 +134,7 @@ def test_one_chunk_is_plain_attention() -> None:
         for layer, x in ((module.query, queries), (module.key, memories), (module.value, memories))
     )
     plain = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    close(module(queries, memories), module.out(plain))
+    assert_close(module(queries, memories), module.out(plain))
 
 
 def test_all_chunks_are_weighted_by_the_softmax_of_their_scores() -> None:
@@ -143,21 +143,21 @@ def test_all_chunks_are_weighted_by_the_softmax_of_their_scores() -> None:
     keys = module.summary_key(torch.stack([chunk.mean(dim=1) for chunk in chunks], dim=1))
     share = (module.summary_query(queries) @ keys.mT / math.sqrt(DIM)).softmax(dim=-1)
     alone = torch.stack([module(queries, chunk) for chunk in chunks], dim=-1)
-    close(module(queries, memories), (alone * share[:, :, None]).sum(dim=-1))
+    assert_close(module(queries, memories), (alone * share[:, :, None]).sum(dim=-1))
 
 
 def test_equal_scores_give_the_mean_over_chunks() -> None:
     module, queries, memories = attention(topk_mems=5), randn(1, 3, DIM), randn(1, 5 * CHUNK, DIM)
     torch.nn.init.zeros_(module.summary_key.weight)
     alone = torch.stack([module(queries, chunk) for chunk in memories.split(CHUNK, dim=1)])
-    close(module(queries, memories), alone.mean(dim=0))
+    assert_close(module(queries, memories), alone.mean(dim=0))
 
 
 def test_chunks_of_one_token_are_values_weighted_by_their_scores() -> None:
     module = attention(topk_mems=7, mem_chunk_size=1, add_pos_enc=False)
     queries, memories = randn(2, 3, DIM), randn(2, 7, DIM)
     scores = module.summary_query(queries) @ module.summary_key(memories).mT / math.sqrt(DIM)
-    close(module(queries, memories), scores.softmax(dim=-1) @ module.out(module.value(memories)))
+    assert_close(module(queries, memories), scores.softmax(dim=-1) @ module.out(module.value(memories)))
 
 
 def test_order_of_chunks_is_free_and_order_inside_one_counts_with_positions() -> None:
@@ -165,9 +165,9 @@ def test_order_of_chunks_is_free_and_order_inside_one_counts_with_positions() ->
     with_positions, without = attention(), attention(add_pos_enc=False)
     for module in (with_positions, without):
         shuffled = chunks[:, torch.randperm(5)]
-        close(module(queries, shuffled.flatten(1, 2)), module(queries, chunks.flatten(1, 2)))
+        assert_close(module(queries, shuffled.flatten(1, 2)), module(queries, chunks.flatten(1, 2)))
     reversed_inside = chunks.flip(2).flatten(1, 2)
-    close(without(queries, reversed_inside), without(queries, chunks.flatten(1, 2)))
+    assert_close(without(queries, reversed_inside), without(queries, chunks.flatten(1, 2)))
     moved = with_positions(queries, reversed_inside) - with_positions(queries, chunks.flatten(1, 2))
     assert moved.abs().max() > 1e-3
 
@@ -178,8 +178,8 @@ def test_masked_chunk_is_as_good_as_removed() -> None:
     removed = module(queries, chunks[:, kept].flatten(1, 2))
     mask, allowed = torch.ones(1, 5, CHUNK, dtype=torch.bool), torch.ones(1, 3, 5, dtype=torch.bool)
     mask[:, 1], allowed[..., 1] = False, False
-    close(module(queries, chunks.flatten(1, 2), mask.flatten(1)), removed)
-    close(module(queries, chunks.flatten(1, 2), chunk_attn_mask=allowed), removed)
+    assert_close(module(queries, chunks.flatten(1, 2), mask.flatten(1)), removed)
+    assert_close(module(queries, chunks.flatten(1, 2), chunk_attn_mask=allowed), removed)
 
 
 @pytest.mark.parametrize("bias", [0.0, 3.0])
@@ -190,13 +190,13 @@ def test_query_that_can_see_nothing_gets_exactly_zero(bias: float) -> None:
     mask[0] = False
     out = module(queries, memories, mask)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
-    close(out[1:], module(queries[1:], memories[1:]))
+    assert_close(out[1:], module(queries[1:], memories[1:]))
 
     allowed = torch.ones(2, 3, 3, dtype=torch.bool)
     allowed[1, 2] = False
     out = module(queries, memories, chunk_attn_mask=allowed)
     assert torch.equal(out[1, 2], torch.zeros(DIM, dtype=torch.float64))
-    close(out[allowed.any(dim=-1)], module(queries, memories)[allowed.any(dim=-1)])
+    assert_close(out[allowed.any(dim=-1)], module(queries, memories)[allowed.any(dim=-1)])
 
 
 def test_a_token_alone_in_a_half_masked_chunk_is_averaged_over_itself() -> None:
@@ -228,10 +228,10 @@ def test_more_chunks_asked_for_than_there_are() -> None:
     few, many = attention(topk_mems=3), attention(topk_mems=100)
     many.load_state_dict(few.state_dict())
     queries, memories = randn(2, 3, DIM), randn(2, 3 * CHUNK - 1, DIM)
-    close(many(queries, memories), few(queries, memories))
+    assert_close(many(queries, memories), few(queries, memories))
     mask = torch.ones(2, 3 * CHUNK - 1, dtype=torch.bool)
     mask[:, CHUNK:] = False
-    close(many(queries, memories, mask), few(queries, memories[:, :CHUNK]))
+    assert_close(many(queries, memories, mask), few(queries, memories[:, :CHUNK]))
 
 
 @pytest.mark.parametrize("time", [1, CHUNK, 2 * CHUNK + 1, 5 * CHUNK])
@@ -239,15 +239,15 @@ def test_no_mask_equals_all_true(time: int) -> None:
     module, queries, memories = attention(), randn(2, 3, DIM), randn(2, time, DIM)
     allowed = torch.ones(2, 3, -(-time // CHUNK), dtype=torch.bool)
     for masks in ((torch.ones(2, time, dtype=torch.bool), None), (None, allowed)):
-        close(module(queries, memories, *masks), module(queries, memories))
+        assert_close(module(queries, memories, *masks), module(queries, memories))
 
 
 def test_padding_at_the_end_changes_nothing() -> None:
     module, queries, memories = attention(), randn(2, 3, DIM), randn(2, 3 * CHUNK, DIM)
     mask = torch.arange(3 * CHUNK) < torch.tensor([[2 * CHUNK + 1], [3 * CHUNK]])
     padded = module(queries, memories, mask)
-    close(padded[:1], module(queries[:1], memories[:1, : 2 * CHUNK + 1]))
-    close(padded[1:], module(queries[1:], memories[1:]))
+    assert_close(padded[:1], module(queries[:1], memories[:1, : 2 * CHUNK + 1]))
+    assert_close(padded[1:], module(queries[1:], memories[1:]))
 
 
 def test_chunks_stay_put_as_the_memory_grows() -> None:
@@ -256,7 +256,7 @@ def test_chunks_stay_put_as_the_memory_grows() -> None:
     for time in range(CHUNK, 6 * CHUNK + 1):
         allowed = torch.zeros(1, 2, -(-time // CHUNK), dtype=torch.bool)
         allowed[..., 0] = True
-        close(module(queries, memories[:, :time], chunk_attn_mask=allowed), first_only)
+        assert_close(module(queries, memories[:, :time], chunk_attn_mask=allowed), first_only)
 
 
 def test_sharp_scores_read_the_best_chunk_alone() -> None:
@@ -267,26 +267,26 @@ def test_sharp_scores_read_the_best_chunk_alone() -> None:
     best = (module.summary_query(queries) @ keys.mT).argmax(dim=-1)
     for index, chunk in enumerate(best[0].tolist()):
         alone = module(queries[:, index : index + 1], memories[:, chunk * CHUNK : (chunk + 1) * CHUNK])
-        close(module(queries, memories)[:, index : index + 1], alone)
+        assert_close(module(queries, memories)[:, index : index + 1], alone)
 
 
 @pytest.mark.parametrize("dim", [1, 7, 12])
 def test_newest_place_of_a_chunk_is_position_zero(dim: int) -> None:
     table = chunk_positions(CHUNK, dim, dtype=torch.float64)
-    close(table, reference.positions(CHUNK, dim))
+    assert_close(table, reference.positions(CHUNK, dim))
     half = (dim + 1) // 2
     assert torch.equal(table[-1], (torch.arange(dim) >= half).double())
     for dtype in (torch.float32, torch.bfloat16):
-        used = layers._positions(CHUNK, torch.empty(dim, dtype=dtype))
+        used = chunks.positions_like(CHUNK, torch.empty(dim, dtype=dtype))
         assert used.dtype == dtype
-        close(used, chunk_positions(CHUNK, dim, dtype=dtype), atol=1e-5)
+        assert_close(used, chunk_positions(CHUNK, dim, dtype=dtype), atol=1e-5)
 
 
 @pytest.mark.parametrize("dim", [1, 7])
 def test_odd_width(dim: int) -> None:
     module = attention(dim)
     queries, memories = randn(2, 3, dim), randn(2, 11, dim)
-    close(module(queries, memories), loop(module, queries, memories))
+    assert_close(module(queries, memories), loop(module, queries, memories))
 
 
 def test_rows_are_independent() -> None:
@@ -295,7 +295,7 @@ def test_rows_are_independent() -> None:
     together = module(queries, memories, mask, allowed)
     for row in range(4):
         one = slice(row, row + 1)
-        close(together[one], module(queries[one], memories[one], mask[one], allowed[one]))
+        assert_close(together[one], module(queries[one], memories[one], mask[one], allowed[one]))
 
 
 @pytest.mark.usefixtures("block_bytes")
@@ -316,10 +316,10 @@ def test_what_stands_at_masked_places_has_no_effect(bad: float, detach: bool) ->
     spoilt = memories.detach().masked_fill(hidden[..., None], bad).requires_grad_()
     clean = module(queries, memories, mask, allowed)
     out = module(queries, spoilt, mask, allowed)
-    close(out, clean)
+    assert_close(out, clean)
     found, wanted = gradients(module, out, queries, spoilt), gradients(module, clean, queries, memories)
     for name in wanted:
-        close(found[name], wanted[name])
+        assert_close(found[name], wanted[name])
     assert not found["input 1"][hidden].any()
 
 
@@ -351,7 +351,7 @@ def test_lower_precision(dtype: torch.dtype, masked: bool) -> None:
     out = module(low, memories.to(dtype), mask)
     assert out.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}[dtype]
-    close(out.double(), expected, atol=tolerance * expected.abs().max().item())
+    assert_close(out.double(), expected, atol=tolerance * expected.abs().max().item())
     out.float().square().sum().backward()
     assert low.grad is not None
     assert low.grad.dtype == dtype
@@ -373,7 +373,7 @@ def test_autocast_with_gradient() -> None:
 
 def test_memories_may_be_stored_in_a_smaller_dtype() -> None:
     module, queries, memories = attention(), randn(2, 3, DIM), randn(2, 9, DIM).bfloat16()
-    close(module(queries, memories), module(queries, memories.double()), atol=0.1)
+    assert_close(module(queries, memories), module(queries, memories.double()), atol=0.1)
     assert module(queries, memories).dtype == torch.float64
 
 
@@ -394,19 +394,19 @@ def test_read_of_cached_summaries_equals_forward() -> None:
     module, queries, memories = attention(), randn(2, 3, DIM), randn(2, 5 * CHUNK, DIM)
     contents, summaries = memories.unflatten(1, (5, CHUNK)), summarize(memories, CHUNK)
     allowed = torch.rand(2, 3, 5) > 0.3
-    close(module.read(queries, contents, summaries), module(queries, memories))
-    close(
+    assert_close(module.read(queries, contents, summaries), module(queries, memories))
+    assert_close(
         module.read(queries, contents, summaries, chunk_mask=allowed),
         module(queries, memories, chunk_attn_mask=allowed),
     )
     for_all = allowed[:, :1]
-    close(
+    assert_close(
         module.read(queries, contents, summaries, chunk_mask=for_all),
         module(queries, memories, chunk_attn_mask=for_all.expand_as(allowed)),
     )
     # chunks in any order, as in a ring
     order = torch.randperm(5)
-    close(module.read(queries, contents[:, order], summaries[:, order]), module(queries, memories))
+    assert_close(module.read(queries, contents[:, order], summaries[:, order]), module(queries, memories))
 
 
 def test_mask_beyond_the_length_does_not_make_a_chunk_readable() -> None:
@@ -415,13 +415,13 @@ def test_mask_beyond_the_length_does_not_make_a_chunk_readable() -> None:
     mask = torch.ones(1, 2, CHUNK, dtype=torch.bool)
     mask[0, 0, 0] = False
     out = module.read(queries, contents, contents.mean(dim=2), lengths=lengths, mask=mask)
-    close(out, module(queries, contents[:, 1]))
+    assert_close(out, module(queries, contents[:, 1]))
 
 
 def test_inputs_need_not_be_contiguous() -> None:
     module, queries, memories = attention(), randn(3, 2, DIM), randn(9, 2, DIM)
     across = (queries.transpose(0, 1), memories.transpose(0, 1))
-    close(module(*across), module(*(tensor.contiguous() for tensor in across)))
+    assert_close(module(*across), module(*(tensor.contiguous() for tensor in across)))
 
 
 @pytest.mark.parametrize("given", ["lengths", "mask", "both"])
@@ -434,7 +434,7 @@ def test_read_of_chunks_that_are_not_full(given: str) -> None:
     masks = {"lengths": {"lengths": lengths}, "mask": {"mask": mask}}
     masks["both"] = masks["lengths"] | {"mask": mask.clone().index_fill_(2, torch.tensor(3), True)}
     out = module.read(queries, contents, summaries, **masks[given])
-    close(out, module(queries, contents.flatten(1, 2), mask.flatten(1)))
+    assert_close(out, module(queries, contents.flatten(1, 2), mask.flatten(1)))
     assert not out[1].any()
 
 
@@ -444,10 +444,10 @@ def test_compiles_without_a_break(masked: bool) -> None:
     masks = (torch.rand(2, 10) > 0.3, torch.rand(2, 3, 3) > 0.3) if masked else ()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     out, expected = compiled(queries, memories, *masks), module(queries, memories, *masks)
-    close(out, expected)
+    assert_close(out, expected)
     found, wanted = gradients(module, out, queries), gradients(module, expected, queries)
     for name in wanted:
-        close(found[name], wanted[name])
+        assert_close(found[name], wanted[name])
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -482,11 +482,11 @@ def test_nothing_of_the_gathered_memories_is_kept_for_backward() -> None:
 def test_block_is_a_true_residual() -> None:
     block = HTMBlock(DIM, heads=HEADS, dim_head=WIDTH, mem_chunk_size=CHUNK).double()
     queries, memories = 7 * randn(2, 3, DIM) + 2, randn(2, 9, DIM)
-    close(block(queries, memories), queries + block.attn(block.norm(queries), memories))
+    assert_close(block(queries, memories), queries + block.attn(block.norm(queries), memories))
     assert torch.equal(block(queries, memories[:, :0]), queries)
     mask, allowed = torch.rand(2, 9) > 0.3, torch.rand(2, 3, 3) > 0.3
     out = block(queries, memories, mask=mask, chunk_attn_mask=allowed)
-    close(out, queries + block.attn(block.norm(queries), memories, mask, allowed))
+    assert_close(out, queries + block.attn(block.norm(queries), memories, mask, allowed))
 
 
 def test_published_defaults() -> None:
@@ -563,7 +563,7 @@ def test_the_matching_read_equals_the_loop(topk: int) -> None:
     chunks = [[pairs[row, m, : lengths[row, m]] for m in range(4)] for row in range(2)]
     found = module.read(queries, contents, summaries, lengths=lengths)
     wanted = reference.read_matching(dict(module.named_parameters()), queries, chunks, heads=HEADS, topk=topk)
-    close(found, wanted)
+    assert_close(found, wanted)
     inputs = [queries, contents, *(p for p in module.parameters())]
     weight = randn(*found.shape)
     for ours, theirs in zip(
@@ -571,7 +571,7 @@ def test_the_matching_read_equals_the_loop(topk: int) -> None:
         torch.autograd.grad((wanted * weight).sum(), inputs, allow_unused=True),
         strict=True,
     ):
-        close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 def test_a_token_is_found_by_what_came_before_it() -> None:

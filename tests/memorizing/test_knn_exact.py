@@ -7,7 +7,7 @@ from memorizing.knn import exact
 from memorizing.knn.exact import block_top_k, exact_top_k, score_slots
 
 
-def same_top_k(found, scores, k):
+def assert_same_top_k(found, scores, k):
     """Equal best scores, at places that really have them, each place once."""
     expected = scores.topk(k).values
     torch.testing.assert_close(found.scores, expected, rtol=1e-5, atol=1e-5)
@@ -19,7 +19,7 @@ def same_top_k(found, scores, k):
 @pytest.mark.parametrize("k", [1, 8, 32])
 def test_block_top_k_is_top_k(n, k):
     scores = torch.randn(7, n, generator=torch.Generator().manual_seed(n))
-    same_top_k(block_top_k(scores, min(k, n)), scores, min(k, n))
+    assert_same_top_k(block_top_k(scores, min(k, n)), scores, min(k, n))
 
 
 def test_block_top_k_with_ties_and_infinities():
@@ -67,20 +67,20 @@ def test_every_path_finds_the_best(monkeypatch, path, queries, n, adjusted):
     bias = torch.randn(2, n, generator=generator) if "bias" in adjusted else None
     for k in (1, 8):
         found = exact_top_k(asked, keys, k, scale=scale, bias=bias)
-        same_top_k(found, all_scores(asked, keys, scale, bias), k)
+        assert_same_top_k(found, all_scores(asked, keys, scale, bias), k)
 
 
 def test_several_chunks_of_queries_are_joined_in_order(monkeypatch):
     monkeypatch.setattr(exact, "_KEEP_UP_TO", 0)
     monkeypatch.setattr(exact, "_MAXIMA", 1)
     asked, keys = torch.randn(1, 600, 8), torch.randn(1, 2000, 8)
-    same_top_k(exact_top_k(asked, keys, 4), asked @ keys.transpose(1, 2), 4)
+    assert_same_top_k(exact_top_k(asked, keys, 4), asked @ keys.transpose(1, 2), 4)
 
 
 def test_the_path_for_accelerators(monkeypatch):
     monkeypatch.setattr(exact, "_FEW_QUERIES", 10**9)
     asked, keys = torch.randn(3, 50, 8), torch.randn(3, 900, 8)
-    same_top_k(exact_top_k(asked, keys, 4), asked @ keys.transpose(1, 2), 4)
+    assert_same_top_k(exact_top_k(asked, keys, 4), asked @ keys.transpose(1, 2), 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -93,7 +93,7 @@ def test_stored_dtypes_are_scored_in_the_queries_dtype(monkeypatch, dtype, queri
     asked, keys = torch.randn(1, queries, 8, dtype=compute), torch.randn(1, 1500, 8).to(dtype)
     found = exact_top_k(asked, keys, 4)
     assert found.scores.dtype == compute
-    same_top_k(found, asked @ keys.to(compute).transpose(1, 2), 4)
+    assert_same_top_k(found, asked @ keys.to(compute).transpose(1, 2), 4)
 
 
 @pytest.mark.parametrize("tiled", [False, True])
@@ -104,7 +104,7 @@ def test_keys_may_be_a_slice_of_a_larger_store(monkeypatch, tiled):
     store[:, :1111, 0] = torch.randn(2, 1111, 8)
     keys = store[:, :1111, 0]
     asked = torch.randn(2, 20, 8)
-    same_top_k(exact_top_k(asked, keys, 4), asked @ keys.transpose(1, 2), 4)
+    assert_same_top_k(exact_top_k(asked, keys, 4), asked @ keys.transpose(1, 2), 4)
 
 
 @pytest.mark.parametrize("tiled", [False, True])

@@ -25,7 +25,7 @@ def filled(index="exact", **options):
     return memory
 
 
-def same(one, other):
+def assert_same(one, other):
     assert repr(one) == repr(other)
     assert one.counts.tolist() == other.counts.tolist()
     for row in range(one.num_indices):
@@ -54,14 +54,14 @@ def test_a_copy_goes_on_exactly_as_the_original(tmp_path, options, way):
         assert [path.name for path in tmp_path.iterdir()] == ["memory"]
     else:
         other = pickle.loads(pickle.dumps(memory)) if way == "pickle" else copy.deepcopy(memory)
-    same(memory, other)
+    assert_same(memory, other)
     assert other.faiss_options == memory.faiss_options
     for _ in range(3):
         assert torch.equal(memory.lookup(queries, 8).ids, other.lookup(queries, 8).ids)
         more = torch.randn(3, 130, 2, 8)
         memory.add(more)
         other.add(more)
-        same(memory, other)
+        assert_same(memory, other)
     before = memory.contents(0)
     other.clear()
     assert torch.equal(memory.contents(0).keys, before.keys)
@@ -83,7 +83,7 @@ def test_a_loaded_memory_does_not_hang_on_its_file(tmp_path):
     memory.save(path)
     other = KNNMemory.load(path)
     path.write_bytes(b"something else")
-    same(memory, other)
+    assert_same(memory, other)
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
