@@ -74,7 +74,7 @@ def _masked_mean(chunks: Tensor, mask: Tensor) -> Tensor:
     blockwise = chunks.device.type == "cpu" and not torch.compiler.is_compiling()
     blockwise = blockwise and not (torch.is_grad_enabled() and chunks.requires_grad)
     chunk_bytes = max(1, batch * width * dim * chunks.element_size())
-    step = max(1, CPU_BLOCK_BYTES // chunk_bytes) if blockwise else count
+    step = max(1, attend.CPU_BLOCK_BYTES // chunk_bytes) if blockwise else count
     means = []
     for start in range(0, count, step):
         block, valid = chunks[:, start : start + step], mask[:, start : start + step]
