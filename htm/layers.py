@@ -217,6 +217,26 @@ class HTMAttention(nn.Module):
             contents, summaries = contents.detach(), summaries.detach()
         return self._read(queries, contents.flatten(1, 2), summaries, lengths, mask, chunk_mask)
 
+    def choose(
+        self, queries: Tensor, summaries: Tensor, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Which chunks `read` would read, for diagnostics; without gradient.
+
+        Args:
+            queries: `[batch, queries, dim]`.
+            summaries: `[batch, chunks, memory_dim]`.
+            lengths: integer `[batch, chunks]`, tokens that each chunk holds; None: all are full.
+
+        Returns:
+            Indices of the chunks, int64 `[batch, queries, k]`, and the softmax over their scores, zero for a
+            chunk that holds nothing.
+        """
+        with torch.no_grad():
+            available = None if lengths is None else (lengths > 0)[:, None]
+            asked = self._summary_queries(queries)
+            chosen, scores, allowed = _choose(asked, summaries, available, self.topk_mems)
+            return chosen, _weights(scores, allowed)
+
     # axes below: b batch, i queries, m chunks, k chosen chunks, c places in a chunk, n tokens,
     # h heads, e width of a head, d dim
     def _read(

@@ -13,6 +13,7 @@ from htm.layers import HTMAttention
 from htm.memory import ChunkMemory, HTMMemory
 from memory_models.module import MemoryModule
 from memory_models.ring import append
+from memory_models.stats import collecting, record
 from memory_models.transformer import OpenSegment, Trunk
 
 
@@ -81,8 +82,11 @@ class HTM(MemoryModule[HTMMemory]):
                 if not self.config.write_gradient:
                     stored = stored.detach()
                 hiddens.append(stored if place.whole else append(hidden, place.filled, stored, lengths))
+                queries = self.read_norms[index](x)
+                if collecting():
+                    self._record(layer, queries, chunks)
                 x = x + self.reads[index].read(  # type: ignore[operator]
-                    self.read_norms[index](x), chunks.contents, chunks.summaries, lengths=chunks.lengths()
+                    queries, chunks.contents, chunks.summaries, lengths=chunks.lengths()
                 )
             x = x + feedforward(x)
             caches.append(cache)
@@ -101,3 +105,12 @@ class HTM(MemoryModule[HTMMemory]):
                 for chunks, hidden, read in zip(memory.layers, memory.hiddens, self.reads, strict=True)
             ),
         )
+
+    def _record(self, layer: int, queries: Tensor, chunks: ChunkMemory) -> None:
+        # Of each query: how old the chunks are that it reads, in tokens (-1: none), and their weights.
+        read = self.reads[self.config.layers_with_memory.index(layer)]
+        chosen, weights = read.choose(queries, chunks.summaries, lengths=chunks.lengths())  # type: ignore[operator]
+        ages = chunks.ages()[:, None].expand(-1, chosen.shape[1], -1).gather(-1, chosen)
+        record(f"htm/layer {layer}/hit age", ages)
+        record(f"htm/layer {layer}/hit weight", weights)
+        record(f"htm/layer {layer}/tokens held", chunks.lengths().sum(-1))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from memorizing.attend import attend
 from memorizing.config import MemorizingConfig
 from memorizing.memory import PairMemory
+from memory_models.stats import record
 from memory_models.transformer import Past, Place, SegmentAttention, SegmentCache, append_to_cache
 
 
@@ -82,12 +83,14 @@ class KNNAttention(SegmentAttention):
             nothing. With "softmax" it is one softmax over the pairs found and the segment.
         matching: keys from the token before and key weights started equal to the query weights, where
             the config leaves these open.
+        name: under which it records its diagnostics (`memory_models.collect_stats`).
     """
 
-    def __init__(self, config: MemorizingConfig, *, matching: bool = False) -> None:
+    def __init__(self, config: MemorizingConfig, *, matching: bool = False, name: str = "memorizing") -> None:
         super().__init__(
             config, matching=matching, cosine=True, shift_keys=config.shift_keys, tie_keys=config.tie_keys
         )
+        self.name = name
         self.topk, self.combine = config.topk, config.combine
         self.memories, self.stores = config.memories, config.stores
         if config.stores < config.heads:
@@ -162,12 +165,14 @@ class KNNAttention(SegmentAttention):
             holds = (memory.total > 0).view(-1, 1, 1, 1)
             # A row that holds nothing must not lose half of its attention.
             gate = torch.where(holds, self.gate.sigmoid(), 0).to(local.dtype)
+            record(f"{self.name}/memory share", gate.expand(*local.shape[:3], 1))
             attended = gate * found.to(local.dtype) + (1 - gate) * local
         else:
             local, local_total = self._attend_with_total(queries, cache, place, past)
             found, total = read_pairs(queries, memory, topk=self.topk)
             # Two softmaxes make one when each gets its share of the common denominator.
             share = (total - local_total).sigmoid()[..., None].to(local.dtype)
+            record(f"{self.name}/memory share", share)
             attended = share * found.to(local.dtype) + (1 - share) * local
         return self.to_out(rearrange(attended, "b t h d -> b t (h d)")), cache
 

@@ -30,7 +30,9 @@ class Memorizing(MemoryModule[MemorizingMemory]):
         self.trunk = Trunk(config)
         for layer in config.layers_with_memory:
             matching = config.matching_layer and layer == config.depth - 1
-            self.trunk.attentions[layer] = KNNAttention(config, matching=matching)
+            self.trunk.attentions[layer] = KNNAttention(
+                config, matching=matching, name=f"memorizing/layer {layer}"
+            )
 
     def init_memory(self, batch_size: int) -> MemorizingMemory:
         """No pairs, nothing cached and an open segment without tokens."""

@@ -177,6 +177,7 @@ def test_workers_end_when_the_comparison_is_killed(tmp_path: Path) -> None:
     process.wait()
     _wait_for(lambda: (results.run_folder(spec.id) / "checkpoint.pt").exists())
     _wait_for(lambda: _is_free(results, spec.id))
+    assert not results.is_finished(spec.id)
 
 
 def _is_free(results: Results, identity: str) -> bool:

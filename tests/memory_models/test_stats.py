@@ -1,9 +1,11 @@
 """Diagnostics reach whoever listens, and nobody else."""
 
+import pytest
 import torch
 
 from memory_models import collect_stats, record
 from memory_models.stats import collecting
+from tests.members import small_lm
 
 
 def test_what_is_recorded_is_heard_inside_the_block_only() -> None:
@@ -52,3 +54,37 @@ def test_recording_costs_a_compiled_module_no_graph_break() -> None:
     with collect_stats() as heard:
         assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
     assert heard == {}
+
+
+def test_htm_says_which_chunks_it_reads() -> None:
+    lm = small_lm("htm")
+    tokens = torch.randint(11, (2, lm.segment_length), generator=torch.Generator().manual_seed(0))
+    memory, held = None, 0
+    for _ in range(4):
+        out = lm(tokens, memory, stats=True)
+        for layer in range(2):
+            ages, weights = (out.stats[f"htm/layer {layer}/hit {name}"] for name in ("age", "weight"))
+            assert ages.shape == weights.shape
+            assert ages.max() < max(held, 1)
+            assert torch.equal(weights > 0, ages >= 0)
+            read = (ages >= 0).any(-1)
+            assert torch.allclose(weights.sum(-1), read.to(weights.dtype))
+            # three chunks of four tokens, the newest of them open
+            assert (out.stats[f"htm/layer {layer}/tokens held"] <= min(held, 12)).all()
+        memory, held = out.memory, held + lm.segment_length
+    assert torch.equal(lm(tokens, memory).logits, lm(tokens, memory, stats=True).logits)
+    assert lm(tokens, memory).stats == {}
+
+
+@pytest.mark.parametrize("combine", ["gate", "softmax"])
+def test_memorizing_says_how_much_comes_from_memory(combine: str) -> None:
+    lm = small_lm("memorizing", combine=combine, memory_layers=(1,))
+    tokens = torch.randint(11, (2, lm.segment_length), generator=torch.Generator().manual_seed(0))
+    first = lm(tokens, stats=True)
+    assert (first.stats["memorizing/layer 1/memory share"] == 0).all()
+    share = lm(tokens, first.memory, stats=True).stats["memorizing/layer 1/memory share"]
+    assert share.shape == (2, lm.segment_length, 2, 1)
+    assert ((share > 0) & (share < 1)).all()
+    if combine == "gate":
+        # the sigmoid of the initial 0 (section 3.1)
+        assert (share == 0.5).all()
