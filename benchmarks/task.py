@@ -271,10 +271,15 @@ def accuracies(groups: Sequence[str], values: Sequence[float], distant: Sequence
 
 
 def accuracy_metrics(groups: Sequence[str]) -> tuple[Metric, ...]:
-    """The metrics of `AccuracyScorer`."""
+    """The metrics of `AccuracyScorer`; groups such as `"rewritten/gap 1"` form a curve a first part."""
     curve = [
-        Metric(name=f"accuracy/{g}", higher_is_better=True, unit="accuracy", series="accuracy")
-        for g in groups
+        Metric(
+            name=f"accuracy/{group}",
+            higher_is_better=True,
+            unit="accuracy",
+            series=", ".join(["accuracy", *group.split("/")[:-1]]),
+        )
+        for group in groups
     ]
     single = [
         Metric(name=name, higher_is_better=True, unit="accuracy")
@@ -314,4 +319,12 @@ def _known_options(task_class: type[Task], options: dict[str, Any]) -> dict[str,
 
 tasks: Registry[Named] = Registry("task", group="memory_models.tasks")
 tasks.register(Named("recall", "benchmarks.tasks.recall:Recall"))
+tasks.register(Named("rewrite", "benchmarks.tasks.rewrite:Rewrite"))
+tasks.register(Named("copy", "benchmarks.tasks.copy:Copy"))
+tasks.register(Named("reverse", "benchmarks.tasks.copy:Reverse"))
+tasks.register(Named("selective-copy", "benchmarks.tasks.selective_copy:SelectiveCopy"))
+tasks.register(Named("needle", "benchmarks.tasks.needle:Needle"))
+tasks.register(Named("ballet", "benchmarks.tasks.ballet:Ballet"))
+tasks.register(Named("rmt-copy", "benchmarks.tasks.rmt:RMTCopy"))
+tasks.register(Named("rmt-reverse", "benchmarks.tasks.rmt:RMTReverse"))
 tasks.register(Named("text", "benchmarks.tasks.text:Text"))

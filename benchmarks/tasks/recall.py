@@ -9,9 +9,8 @@ gradient learns what to store only from uses within the segment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -19,17 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.task import (
-    IGNORED,
-    AccuracyScorer,
-    Batch,
-    Scorer,
-    Task,
-    accuracies,
-    accuracy_metrics,
-    generator,
-    one_hot_logits,
-)
+from benchmarks.sequences import Canvas, SequenceTask, gap_names, require_positive
+from benchmarks.task import Batch, one_hot_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +40,7 @@ class RecallConfig:
     """Sequences in the evaluation set."""
 
     def __post_init__(self) -> None:
-        for name in ("segments", "writes", "queries", "keys", "evaluation_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        require_positive(self, "segments", "writes", "queries", "keys", "evaluation_sequences")
         if self.segments < 2:
             raise ValueError(
                 f"segments ({self.segments}) must be at least 2, or nothing lies further than gap 0"
@@ -67,7 +55,7 @@ class RecallConfig:
             )
 
 
-class Recall(Task):
+class Recall(SequenceTask):
     """Associative recall over segments, scored by the gap between writing and asking.
 
     Token ids: the keys, then the values, then `?`. Labels are the values' token ids.
@@ -76,41 +64,19 @@ class Recall(Task):
     name = "recall"
     summary = "recall the value written beside a key, by gap in segments"
     Config = RecallConfig
-    streaming = False
     smoke: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {"segments": 3, "keys": 8, "values": 8, "evaluation_sequences": 64}
     )
-    floor_is = "best possible without memory (exact)"
 
     config: RecallConfig
 
-    def __init__(
-        self, config: RecallConfig | None = None, *, cache: str | Path | None = None, **options: Any
-    ) -> None:
-        super().__init__(config, cache=cache, **options)
+    def set_up(self) -> None:
         c = self.config
         self.vocab_size = c.keys + c.values + 1
         self.segment_length = 2 * (c.writes + c.queries)
-        self.groups = tuple(f"gap {gap}" for gap in range(c.segments))
-        self.metrics = accuracy_metrics(self.groups)
-        self.headline = AccuracyScorer.headline
+        self.groups = gap_names(c.segments)
+        self.distant = range(1, c.segments)
         self._question = c.keys + c.values
-
-    def batch(self, *, seed: int, step: int, batch_size: int) -> Batch:
-        return self._draw(generator(self.name, "train", seed, step), batch_size)
-
-    def evaluation(self, *, batch_size: int, seed: int = 0) -> Iterator[Batch]:
-        # drawn as one, then cut, so that the set does not depend on the batch size
-        everything = self._draw(generator(self.name, "evaluation", seed), self.config.evaluation_sequences)
-        rows = min(batch_size, self.config.evaluation_sequences)
-        for start in range(0, self.config.evaluation_sequences, rows):
-            cut = slice(start, start + rows)
-            yield Batch(
-                tokens=everything.tokens[cut], labels=everything.labels[cut], groups=everything.groups[cut]
-            )
-
-    def scorer(self) -> Scorer:
-        return AccuracyScorer(self.groups, self._distant)
 
     def oracle(self, batch: Batch) -> Tensor:
         """Solve from the tokens alone: what stands after a key, unless it is `?`, is its value."""
@@ -126,27 +92,20 @@ class Recall(Task):
         )
         return one_hot_logits(answers, self.vocab_size)
 
-    def floor(self) -> dict[str, float]:
+    def without_memory(self) -> Sequence[float]:
         """1 at gap 0, one in `values` beyond.
 
         Exact: a key is written once, so at gap 1 or more its segment does not hold its value; values are
         independent and uniform, and no answer is ever shown, so all that the segment holds is independent
         of that value.
         """
-        return self._accuracies([1.0] + [1 / self.config.values] * (self.config.segments - 1))
+        return [1.0] + [1 / self.config.values] * (self.config.segments - 1)
 
-    def chance(self) -> dict[str, float]:
+    def by_guessing(self) -> Sequence[float]:
         """One in `values`, everywhere."""
-        return self._accuracies([1 / self.config.values] * self.config.segments)
+        return [1 / self.config.values] * self.config.segments
 
-    @property
-    def _distant(self) -> range:
-        return range(1, self.config.segments)
-
-    def _accuracies(self, values: list[float]) -> dict[str, float]:
-        return accuracies(self.groups, values, self._distant)
-
-    def _draw(self, random: np.random.Generator, rows: int) -> Batch:
+    def draw(self, random: np.random.Generator, rows: int) -> Batch:
         c = self.config
         pairs = c.segments * c.writes
         # b rows, s segments, w writes, q queries
@@ -158,14 +117,11 @@ class Recall(Task):
         chosen = (segment - gaps) * c.writes + random.integers(c.writes, size=shape)
         chosen = chosen.reshape(rows, -1)
 
-        tokens = np.full((rows, c.segments, self.segment_length), self._question)
-        labels = np.full_like(tokens, IGNORED)
-        groups = np.full_like(tokens, -1)
+        canvas = Canvas((rows, c.segments, self.segment_length), filler=self._question)
         split = 2 * c.writes
-        tokens[:, :, 0:split:2] = keys.reshape(rows, c.segments, c.writes)
-        tokens[:, :, 1:split:2] = values.reshape(rows, c.segments, c.writes)
-        tokens[:, :, split::2] = np.take_along_axis(keys, chosen, 1).reshape(shape)
-        labels[:, :, split + 1 :: 2] = np.take_along_axis(values, chosen, 1).reshape(shape)
-        groups[:, :, split + 1 :: 2] = gaps
-        flat = [torch.from_numpy(array.reshape(rows, -1)) for array in (tokens, labels, groups)]
-        return Batch(tokens=flat[0], labels=flat[1], groups=flat[2])
+        canvas.tokens[:, :, 0:split:2] = keys.reshape(rows, c.segments, c.writes)
+        canvas.tokens[:, :, 1:split:2] = values.reshape(rows, c.segments, c.writes)
+        canvas.tokens[:, :, split::2] = np.take_along_axis(keys, chosen, 1).reshape(shape)
+        canvas.labels[:, :, split + 1 :: 2] = np.take_along_axis(values, chosen, 1).reshape(shape)
+        canvas.groups[:, :, split + 1 :: 2] = gaps
+        return canvas.batch()
