@@ -1,15 +1,17 @@
-"""The command `memory-bench`: list, run, compare, report, speed."""
+"""The command `memory-bench`: list, run, compare, sweep, report, speed."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import logging
 import operator
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -96,8 +98,32 @@ class Compare(_Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sweep(_Common):
+    """One model over the values of options: a curve, a grid or an ablation, as table, pictures and report."""
+
+    model: str
+    """Name of the model, as `memory-bench list` shows it, or package.module:Class."""
+    vary: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
+    """Options and their values, as in memories=0,64,256; the first runs along the axis, others give lines."""
+    mode: Literal["train", "evaluate", "both"] = "train"
+    """Train a model with each value, evaluate one trained model with each, or both."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; three or more give intervals."""
+    jobs: int = 2
+    """Runs at once, each a process with one thread."""
+    out: Path | None = None
+    """Folder for the results; default results/sweep/TASK-MODEL-OPTIONS. That of a comparison shares runs."""
+
+    def folder(self) -> Path:
+        """Where the results go: a folder for what is varied."""
+        names = [text.partition("=")[0].rpartition(".")[2] for text in itertools.chain(*self.vary)]
+        parts = [self.task.replace(":", "."), self.model.replace(":", "."), *names]
+        return self.out or Path("results") / "sweep" / "-".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """Table and plots from results that are there: those of the last comparison, or all if there was none."""
+    """Table and plots from results that are there: of the last sweep and the last comparison, or of all."""
 
     folder: Positional[Path]
     """Folder of the results, such as results/recall."""
@@ -236,14 +262,67 @@ def compare_command(command: Compare, words: Sequence[str]) -> int:
     return EXIT_OK if all(record["status"] == FINISHED for record in records) else EXIT_FAILED_RUN
 
 
+def sweep_command(command: Sweep, words: Sequence[str]) -> int:
+    """Runs over the values of options, then the report."""
+    from benchmarks.compare import InterruptedComparison
+    from benchmarks.progress import display_for
+    from benchmarks.results import FINISHED, Results
+    from benchmarks.sweep import plan_sweep, run_sweep, write_sweep
+
+    # Before the work, as in a comparison.
+    importlib.import_module("benchmarks.plots")
+    with _wrong_use():
+        plan = plan_sweep(
+            command.model,
+            command.task,
+            list(itertools.chain(*command.vary)),
+            command.seeds,
+            mode=command.mode,
+            smoke=command.smoke,
+            assignments=command.assignments(),
+        )
+    results = Results(command.folder())
+    write_sweep(plan, results, shlex.join(["memory-bench", *words]))
+    specs = [*plan.trainings, *plan.evaluations]
+    try:
+        records = run_sweep(
+            plan,
+            results,
+            jobs=command.jobs,
+            display=display_for,
+            checkpoint_seconds=command.checkpoint_seconds,
+        )
+    except InterruptedComparison:
+        latest = results.latest()
+        done = sum(latest.get(spec.id, {}).get("status") == FINISHED for spec in specs)
+        _say_how_to_go_on(f"Stopped; {done} of {len(specs)} runs are finished, the others saved.", words)
+        return EXIT_INTERRUPTED
+    _report_sweep(results.folder, results.folder)
+    well = len(records) == len(specs) and all(record["status"] == FINISHED for record in records)
+    return EXIT_OK if well else EXIT_FAILED_RUN
+
+
 def report_command(command: Report, words: Sequence[str]) -> int:
     """The report of results that are there."""
-    _report(command.folder, command.out or command.folder)
+    from benchmarks.results import Results
+
+    results, out = Results(command.folder), command.out or command.folder
+    if results.sweep.exists():
+        _report_sweep(results.folder, out)
+    if results.comparison.exists() or not results.sweep.exists():
+        _report(results.folder, out)
     return EXIT_OK
 
 
 def _commands() -> Any:
-    named = {"list": List, "run": Run, "compare": Compare, "report": Report, "speed": Speed}
+    named = {
+        "list": List,
+        "run": Run,
+        "compare": Compare,
+        "sweep": Sweep,
+        "report": Report,
+        "speed": Speed,
+    }
     kinds = [Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in named.items()]
     return functools.reduce(operator.or_, kinds)
 
@@ -252,6 +331,7 @@ _ACTIONS: dict[type, Any] = {
     List: list_command,
     Run: run_command,
     Compare: compare_command,
+    Sweep: sweep_command,
     Report: report_command,
 }
 
@@ -259,20 +339,27 @@ _ACTIONS: dict[type, Any] = {
 def _plan(command: _Common, models: Sequence[str], seeds: Sequence[int]) -> list[RunSpec]:
     from benchmarks.settings import plan
 
-    try:
+    with _wrong_use():
         specs = [
             plan(model, command.task, seed, smoke=command.smoke, assignments=command.assignments())
             for model in models
             for seed in dict.fromkeys(seeds)
         ]
+    if not specs:
+        raise UsageError("nothing to do: give at least one model and one seed")
+    return specs
+
+
+@contextlib.contextmanager
+def _wrong_use() -> Iterator[None]:
+    """What a plan refuses is the user's to put right."""
+    try:
+        yield
     except LookupError as error:
         # A KeyError prints its message in quotes.
         raise UsageError(error.args[0] if error.args else error) from error
     except (TypeError, ValueError) as error:
         raise UsageError(error) from error
-    if not specs:
-        raise UsageError("nothing to do: give at least one model and one seed")
-    return specs
 
 
 def _models(names: Sequence[str]) -> list[str]:
@@ -297,30 +384,64 @@ def _report(folder: Path, out: Path) -> None:
     print("written: " + ", ".join(str(path) for path in files))
 
 
-def _show(comparison: Comparison) -> None:
-    from rich.table import Table
+def _report_sweep(folder: Path, out: Path) -> None:
+    from benchmarks.report import main_metrics
+    from benchmarks.summary import NothingToReportError
+    from benchmarks.sweep_report import sweep_table, write_sweep_report
+    from benchmarks.sweep_summary import load_sweep
 
+    try:
+        sweep = load_sweep(folder)
+    except NothingToReportError as error:
+        raise UsageError(error) from error
+    files = write_sweep_report(sweep, out)
+    bad = {index for index, line in enumerate(sweep.lines) if line.row.status}
+    _print_tables(functools.partial(sweep_table, sweep), main_metrics(sweep.runs), sweep.title, bad)
+    _print_failures(sweep.runs)
+    print("written: " + ", ".join(str(path) for path in files))
+
+
+def _show(comparison: Comparison) -> None:
     from benchmarks.report import main_metrics, table
 
-    console, metrics = _console(), main_metrics(comparison)
-    parts = [table(comparison, metrics=metrics, costs=True)]
+    bad = {index for index, row in enumerate(comparison.rows) if row.status}
+    _print_tables(
+        functools.partial(table, comparison), main_metrics(comparison), comparison.task, bad, first_width=16
+    )
+    _print_failures(comparison)
+
+
+def _print_tables(
+    make: Callable[..., list[list[str]]],
+    metrics: Sequence[Mapping[str, Any]],
+    title: str,
+    bad: Collection[int],
+    *,
+    first_width: int | None = None,
+) -> None:
+    """Print `make(metrics=..., costs=...)`, the lines numbered in `bad` in red."""
+    from rich.table import Table
+
+    console = _console()
+    parts = [make(metrics=metrics, costs=True)]
     if sum(len(name) + 3 for name in parts[0][0]) > console.width:
         # Two tables that fit rather than one that folds every cell.
-        parts = [table(comparison, metrics=part, costs=not part) for part in (metrics, [])]
-    bad = {row.model for row in comparison.rows if row.status}
+        parts = [make(metrics=part, costs=not part) for part in (metrics, [])]
     for header, *body in parts:
-        shown = Table(title=comparison.task, title_justify="left")
+        shown = Table(title=title, title_justify="left")
         for index, name in enumerate(header):
-            first = index == 0
             shown.add_column(
                 name,
-                justify="left" if first else "right",
+                justify="right" if index else "left",
                 overflow="fold",
-                min_width=16 if first else None,
+                min_width=None if index else first_width,
             )
-        for line in body:
-            shown.add_row(*line, style="red" if line[0].partition(" (")[0] in bad else None)
+        for number, line in enumerate(body):
+            shown.add_row(*line, style="red" if number in bad else None)
         console.print(shown)
+
+
+def _print_failures(comparison: Comparison) -> None:
     for record in comparison.failures:
         print(f"{record['model']} seed {record['seed']} {record['status']}: {record.get('error', '')}")
 

@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import IO, Any
 
 from benchmarks.progress import Display
@@ -47,11 +48,12 @@ class Job:
     log: IO[bytes]
     started: float = field(default_factory=time.monotonic)
     progress: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
 
     @property
     def title(self) -> str:
         """Name for a progress bar."""
-        return f"{self.spec.model} seed {self.spec.seed}"
+        return self.name or f"{self.spec.model} seed {self.spec.seed}"
 
     def seconds_left(self) -> float | None:
         """A guess from the speed so far; None before it is known."""
@@ -70,6 +72,7 @@ def compare(
     jobs: int,
     display: Display,
     checkpoint_seconds: float = 20.0,
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Record]:
     """Do all runs that are not finished, the longest first.
 
@@ -79,6 +82,7 @@ def compare(
         jobs: processes at once.
         display: told of everything that happens.
         checkpoint_seconds: how much work an interruption may cost.
+        names: by run id, what to call a run where model and seed do not tell it from the others.
 
     Returns:
         The last line of every run, in the order of `specs`.
@@ -101,6 +105,7 @@ def compare(
             while waiting or running:
                 while waiting and len(running) < jobs:
                     job = _start(waiting.pop(0), results, checkpoint_seconds)
+                    job.name = names.get(job.spec.id, "")
                     running.append(job)
                     display.job_started(job.title)
                 time.sleep(POLL_SECONDS)

@@ -15,8 +15,10 @@ A score that does not suffer in the other three is not due to the memory.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,12 +39,19 @@ class Evaluation:
             as in a fresh memory whenever a segment ends (room for the open segment) carries nothing.
         memory_bytes: bytes of a row's whole memory.
         tokens: tokens read.
+        seconds: what the reading took.
     """
 
     scores: dict[str, float]
     state_bytes: float
     memory_bytes: float
     tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens read, padding included, by the time it took."""
+        return self.tokens / max(self.seconds, 1e-9)
 
 
 def segments(batch: Batch, length: int) -> Iterator[Batch]:
@@ -90,7 +99,7 @@ def evaluate(
     carrier = _Carrier(model, mode)
     was_training = model.training
     model.eval()
-    tokens = 0
+    tokens, began = 0, time.perf_counter()
     try:
         with torch.no_grad():
             for batch in itertools.islice(task.evaluation(batch_size=rows), batches):
@@ -106,7 +115,39 @@ def evaluate(
         state_bytes=carrier.state_bytes,
         memory_bytes=carrier.memory_bytes,
         tokens=tokens,
+        seconds=time.perf_counter() - began,
     )
+
+
+def take_weights(model: nn.Module, folder: Path) -> None:
+    """Give `model` the weights of the model that `save_model` wrote into `folder`, whose options may differ.
+
+    Raises:
+        FileNotFoundError: if there is no model in the folder.
+        ValueError: if the files are damaged, or hold not exactly the tensors that `model` has.
+    """
+    from memory_models.checkpoints import load_model
+
+    check_weights_fit(model, loaded := load_model(folder))
+    model.load_state_dict(loaded.state_dict(), strict=True)
+
+
+def check_weights_fit(model: nn.Module, trained: nn.Module) -> None:
+    """Refuse weights that are not of the names and shapes of the model's own.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: list(tensor.shape) for name, tensor in trained.state_dict().items()}
+    wrong = [
+        f"{name} is {given.get(name, 'missing')}, expected {own.get(name, 'none of that name')}"
+        for name in sorted(own.keys() | given.keys())
+        if own.get(name) != given.get(name)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"the trained weights do not fit: {'; '.join(wrong[:3])}{more}")
 
 
 class _Carrier:

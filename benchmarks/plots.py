@@ -1,4 +1,4 @@
-"""The pictures of a report. Only this module imports matplotlib, and draws without a screen."""
+"""The pictures of a comparison, and how every picture looks. Drawn without a screen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.results import write_atomically
 from benchmarks.summary import Comparison, Row, point, title
 
 # One colour for each member, the same in every picture of every report.
-_COLOURS = {
+COLOURS = {
     "htm": "#d1495b",
     "memformer": "#2e7d32",
     "memorizing": "#1f6fb4",
@@ -30,9 +30,9 @@ _COLOURS = {
     "gru": "#8c6d4f",
     "window": "#8a939c",
 }
-_SPARE = ("#00897b", "#c2185b", "#5c6bc0", "#9e9d24", "#0097a7", "#6d4c41", "#ef5350", "#26a69a")
-_MARKERS = "osD^vPX><p"
-_STYLE: dict[Any, Any] = {
+SPARE = ("#00897b", "#c2185b", "#5c6bc0", "#9e9d24", "#0097a7", "#6d4c41", "#ef5350", "#26a69a")
+MARKERS = "osD^vPX><p"
+STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -53,19 +53,24 @@ _STYLE: dict[Any, Any] = {
 def draw_all(comparison: Comparison, out: Path) -> list[Path]:
     """Draw what the comparison has the figures for; returns the files."""
     pictures = {}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for name, metrics in comparison.series().items():
             pictures[f"{name.replace(' ', '_')}.png"] = by_distance(comparison, name, metrics)
         pictures["learning_curves.png"] = learning_curves(comparison)
         pictures["quality_by_state.png"] = quality_by_state(comparison)
-        paths = []
-        for name, canvas in pictures.items():
-            if canvas is None:
-                continue
-            buffer = io.BytesIO()
-            FigureCanvasAgg(canvas).print_png(buffer)
-            write_atomically(out / name, buffer.getvalue())
-            paths.append(out / name)
+        return write_pictures(pictures, out)
+
+
+def write_pictures(pictures: Mapping[str, Canvas | None], out: Path) -> list[Path]:
+    """Write what there is to draw as PNG, by file name; returns the files."""
+    paths = []
+    for name, canvas in pictures.items():
+        if canvas is None:
+            continue
+        buffer = io.BytesIO()
+        FigureCanvasAgg(canvas).print_png(buffer)
+        write_atomically(out / name, buffer.getvalue())
+        paths.append(out / name)
     return paths
 
 
@@ -93,7 +98,7 @@ def by_distance(comparison: Comparison, name: str, metrics: Sequence[Mapping[str
         ends.append((row.model, [v for v in values if not math.isnan(v)][-1], look["color"]))
     if not ends:
         return None
-    _reference(axes, comparison, metrics, places)
+    reference(axes, comparison, metrics, places)
     labels = [point(metric["name"]) for metric in metrics]
     # "gap 0, gap 1, ..." reads better as 0, 1, ... by gap.
     word, shared = labels[0].partition(" ")[0], len({label.partition(" ")[0] for label in labels}) == 1
@@ -107,7 +112,7 @@ def by_distance(comparison: Comparison, name: str, metrics: Sequence[Mapping[str
     if shared:
         axes.set_xlabel(word)
     axes.set_title(f"{comparison.task}: {name}" + (f" by {word}" if shared and " by " not in name else ""))
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     return canvas
 
 
@@ -131,11 +136,11 @@ def learning_curves(comparison: Comparison) -> Canvas | None:
             ends.append((row.model, values[-1], look["color"]))
         axes.set_xlabel("optimiser step")
         axes.set_title(label)
-        _label_ends(axes, ends)
+        label_ends(axes, ends)
     if not left.lines:
         return None
     headline = next(m for m in comparison.facts["metrics"] if m["name"] == comparison.headline)
-    _reference(right, comparison, [headline], right.get_xlim())
+    reference(right, comparison, [headline], right.get_xlim())
     if headline["unit"] == "accuracy":
         right.set_ylim(-0.03, 1.04)
     canvas.suptitle(f"{comparison.task}: learning", x=0.01, ha="left", fontweight="bold")
@@ -169,11 +174,11 @@ def quality_by_state(comparison: Comparison) -> Canvas | None:
     axes.set_xlim(first / 1.7, last * 1.7)
     every = max(1, round(math.log2(last / first) / 7))
     ticks = [first * 2**power for power in range(0, round(math.log2(last / first)) + 1, every)]
-    axes.set_xticks(ticks, ["none" if t == first and min(carried) == 0 else _bytes(t) for t in ticks])
+    axes.set_xticks(ticks, ["none" if t == first and min(carried) == 0 else byte_label(t) for t in ticks])
     axes.minorticks_off()
     headline = next(m for m in comparison.facts["metrics"] if m["name"] == comparison.headline)
     axes.margins(y=0.15)
-    _reference(axes, comparison, [headline], axes.get_xlim())
+    reference(axes, comparison, [headline], axes.get_xlim())
     if headline["unit"] == "accuracy":
         axes.set_ylim(-0.06, 1.12)
     axes.set_xlabel("state carried by a row")
@@ -190,14 +195,14 @@ def _drawn(comparison: Comparison) -> list[Row]:
 
 
 def _look(comparison: Comparison, row: Row) -> dict[str, Any]:
-    names = sorted(r.model for r in comparison.rows if r.model not in _COLOURS)
-    colour = _COLOURS.get(row.model)
+    names = sorted(r.model for r in comparison.rows if r.model not in COLOURS)
+    colour = COLOURS.get(row.model)
     if colour is None:
-        colour = _SPARE[names.index(row.model) % len(_SPARE)]
-    known = [*_COLOURS, *names]
+        colour = SPARE[names.index(row.model) % len(SPARE)]
+    known = [*COLOURS, *names]
     return {
         "color": colour,
-        "marker": _MARKERS[known.index(row.model) % len(_MARKERS)],
+        "marker": MARKERS[known.index(row.model) % len(MARKERS)],
         "markersize": 5.5,
         "markeredgecolor": "white",
         "markeredgewidth": 0.7,
@@ -216,9 +221,10 @@ def _mean_curve(row: Row, key: str) -> tuple[list[int], list[float]]:
     return steps, [sum(by_step[step]) / len(by_step[step]) for step in steps]
 
 
-def _reference(
+def reference(
     axes: Any, comparison: Comparison, metrics: Sequence[Mapping[str, Any]], places: Sequence[float]
 ) -> None:
+    """Lines for the floor and chance at the metrics' places, where the scale has room for them."""
     # Floor and chance of text are far above every model; drawn to scale they would flatten the rest.
     low, high = axes.get_ylim()
     room = high - low
@@ -243,7 +249,7 @@ def _reference(
         legend.set_zorder(1.8)
 
 
-def _label_ends(axes: Any, ends: Sequence[tuple[str, float, str]]) -> None:
+def label_ends(axes: Any, ends: Sequence[tuple[str, float, str]]) -> None:
     """Names at the right end of the lines, moved apart where they would lie on each other."""
     if not ends:
         return
@@ -355,7 +361,8 @@ def _end(group: Sequence[float], step: float, low: float, high: float) -> float:
     return _start(group, step, low, high) + (group[1] - 1) * step
 
 
-def _bytes(value: float) -> str:
+def byte_label(value: float) -> str:
+    """Bytes as a tick: `64 KiB`."""
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:
             return f"{value:g} {unit}"

@@ -47,7 +47,7 @@ def table(comparison: Comparison, *, metrics: Sequence[Mapping[str, Any]], costs
         metrics: the columns.
         costs: whether to add what the memory changes and what the model costs.
     """
-    header = ["model", *(_column(metric) for metric in metrics)]
+    header = ["model", *(column(metric) for metric in metrics)]
     if costs:
         header += ["drop without memory", "parameters", "state per row", "peak memory", "tokens/s"]
     lines = [header]
@@ -63,9 +63,9 @@ def table(comparison: Comparison, *, metrics: Sequence[Mapping[str, Any]], costs
                 count(row.figure("tokens_per_second")),
             ]
         lines.append(cells)
-    for name, key in ((_floor_name(comparison).partition(" (")[0], "floor"), ("chance", "chance")):
+    for name, key in ((floor_name(comparison).partition(" (")[0], "floor"), ("chance", "chance")):
         values = comparison.facts.get(key, {})
-        if any(_finite(values.get(metric["name"])) for metric in metrics):
+        if any(is_finite(values.get(metric["name"])) for metric in metrics):
             cells = [name, *(number(Figure.of([values.get(metric["name"])])) for metric in metrics)]
             lines.append(cells + [""] * (len(header) - len(cells)))
     return lines
@@ -84,16 +84,21 @@ def markdown(comparison: Comparison, pictures: Sequence[Path] = ()) -> str:
     stated = [f"{name}: {value}" for name, value in facts.get("facts", {}).items()]
     if stated:
         parts.append("Data: " + "; ".join(stated) + ".")
-    parts.append(_circumstances(comparison))
+    parts.append(circumstances(comparison))
     main = main_metrics(comparison)
-    parts.append(_markdown_table(table(comparison, metrics=main, costs=True)))
-    parts.append(_legend(comparison, main))
+    parts.append(markdown_table(table(comparison, metrics=main, costs=True)))
+    parts.append(
+        f"{directions(comparison, main)} Last but one row: {floor_name(comparison)}. Drop without memory: "
+        "how much worse the first column gets (see below). State per row: bytes carried from segment to "
+        "segment. Peak memory: of the whole process. Tokens/s: in training, beside the other runs of the "
+        "comparison."
+    )
     for name, metrics in list(comparison.series().items())[1:]:
-        parts += [f"## {name}", _markdown_table(table(comparison, metrics=metrics, costs=False))]
+        parts += [f"## {name}", markdown_table(table(comparison, metrics=metrics, costs=False))]
     if facts:
         parts += ["## Is the memory used?", *_memory_section(comparison)]
     if comparison.failures or comparison.attempts or comparison.missing:
-        parts += ["## What went wrong", *_failure_section(comparison)]
+        parts += ["## What went wrong", *failure_section(comparison)]
     parts += [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures]
     parts += ["## To do it again", _commands(comparison)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -121,7 +126,7 @@ def as_csv(comparison: Comparison) -> str:
         cells: list[Any] = [row.model, len(row.records), len(row.finished), row.status]
         for name in metrics:
             figure = row.figure("scores", name)
-            cells += ["", ""] if figure is None else [figure.mean, _blank(figure.half_width)]
+            cells += ["", ""] if figure is None else [figure.mean, blank(figure.half_width)]
         for path in costs.values():
             figure = row.figure(*path)
             cells.append("" if figure is None else figure.mean)
@@ -130,7 +135,7 @@ def as_csv(comparison: Comparison) -> str:
         values = comparison.facts.get(key, {})
         cells = [key, "", "", ""]
         for name in metrics:
-            cells += [_blank(values.get(name)), ""]
+            cells += [blank(values.get(name)), ""]
         writer.writerow(cells + [""] * len(costs))
     return text.getvalue()
 
@@ -169,29 +174,35 @@ def _scaled(value: float, base: int, units: Sequence[str]) -> str:
     return f"{value:.{digits}f}{units[step]}"
 
 
-def _column(metric: Mapping[str, Any]) -> str:
+def column(metric: Mapping[str, Any]) -> str:
+    """What stands above a metric's column."""
     return point(metric["name"]) if metric.get("series") else title(metric["name"])
 
 
-def _floor_name(comparison: Comparison) -> str:
+def floor_name(comparison: Comparison) -> str:
+    """What the floor is, in words."""
     return str(comparison.facts.get("floor_is", "floor"))
 
 
-def _finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether there is a value, and a finite one."""
     return value is not None and math.isfinite(value)
 
 
-def _blank(value: Any) -> Any:
+def blank(value: Any) -> Any:
+    """The value for a CSV cell: nothing for None."""
     return "" if value is None else value
 
 
-def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """The lines as Markdown; the first is the header."""
     header, *body = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     rule = ["---", *("---:" for _ in header[1:])]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
 
 
-def _legend(comparison: Comparison, metrics: Sequence[Mapping[str, Any]]) -> str:
+def directions(comparison: Comparison, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """How to read the columns, and over how many seeds the figures are."""
     better: dict[str, list[str]] = {"Higher": [], "Lower": []}
     for metric in metrics:
         names = better["Higher" if metric["higher_is_better"] else "Lower"]
@@ -206,7 +217,6 @@ def _legend(comparison: Comparison, metrics: Sequence[Mapping[str, Any]]) -> str
         words.insert(
             0, f"From {point(curve[0]['name'])} to {point(curve[-1]['name'])}: {curve[0]['series']}."
         )
-    words.append(f"Last but one row: {_floor_name(comparison)}.")
     seeds = max((len(row.finished) for row in comparison.rows), default=0)
     if seeds >= SEEDS_FOR_INTERVAL:
         words.append(f"Means over {seeds} seeds with a 95 % interval.")
@@ -214,24 +224,27 @@ def _legend(comparison: Comparison, metrics: Sequence[Mapping[str, Any]]) -> str
         words.append(f"Means over {seeds} seeds.")
     elif seeds == 1:
         words.append("One seed, so small differences may be chance.")
-    words.append(
-        "Drop without memory: how much worse the first column gets (see below). State per row: bytes carried "
-        "from segment to segment. Peak memory: of the whole process. Tokens/s: in training, beside the other "
-        "runs of the comparison."
-    )
     return " ".join(words)
 
 
-def _circumstances(comparison: Comparison) -> str:
+def circumstances(comparison: Comparison) -> str:
+    """What the runs were made with; what they do not have in common is left out."""
     record = next((r for row in comparison.rows for r in (*row.finished, *row.records)), None)
     if record is None or "versions" not in record:
         return ""
-    train = record["settings"]["train"]
+    lengths = {
+        tuple(r["settings"]["train"][name] for name in ("steps", "batch_size", "threads"))
+        for row in comparison.rows
+        for r in row.records
+    }
+    training = ""
+    if len(lengths) == 1:
+        [(steps, rows, threads)] = lengths
+        training = f"{steps} steps of {rows} rows, {threads} thread a run, on "
     versions = record["versions"]
     commit = f", commit {versions['commit']}" if "commit" in versions else ""
     return (
-        f"{train['steps']} steps of {train['batch_size']} rows, {train['threads']} thread a run, on "
-        f"{versions['cpu']}; torch {versions['torch']}, Python {versions['python']}, "
+        f"{training}{versions['cpu']}; torch {versions['torch']}, Python {versions['python']}, "
         f"memory-models {versions['memory-models']}{commit}."
     )
 
@@ -252,11 +265,12 @@ def _memory_section(comparison: Comparison) -> list[str]:
         f"{title(comparison.headline).capitalize()} of the trained model on a part of the evaluation, with "
         f"its memory carried as usual and in three other ways. {meaning} A score that does not suffer is "
         "not due to the memory.",
-        _markdown_table(lines),
+        markdown_table(lines),
     ]
 
 
-def _failure_section(comparison: Comparison) -> list[str]:
+def failure_section(comparison: Comparison) -> list[str]:
+    """A list of the runs that failed, now or before they succeeded, or have not ended."""
     lines = [
         f"- {record['model']} seed {record['seed']} {record['status']}: {record.get('error', '')} "
         f"(`{record['command']}`)"

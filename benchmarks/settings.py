@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import inspect
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.members import code_of_model, known_options
 from benchmarks.provenance import source_digest, version_of
 from benchmarks.results import plain, run_id
+from memory_models.lm import MemoryLM
+from memory_models.models import config_fields
 from memory_models.registry import nearest
 
 if TYPE_CHECKING:
@@ -68,7 +71,9 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "embedding_scale": 1.0,
         },
         "htm": {"chunk_size": 4, "chunks": 24, "topk": 4, "memory_layers": (-1,)},
+        "memformer": {"slots": 32, "write_heads": 4},
         "memorizing": {"memories": 96, "topk": 16},
+        "memxl": {"mem_len": 16, "lmem_len": 32},
         "full": {"context": 80},
         "transformer-xl": {"cache": 16},
         "gru": {"hidden": 128},
@@ -84,7 +89,9 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "embedding_std": 0.05,
         },
         "htm": {"chunk_size": 4, "chunks": 1024, "topk": 32, "memory_layers": (-1,)},
+        "memformer": {"slots": 32},
         "memorizing": {"memories": 4096, "topk": 32, "combine": "softmax", "xl_cache": 64},
+        "memxl": {"mem_len": 64, "lmem_len": 32},
         "full": {"context": 1024},
         "transformer-xl": {"cache": 64},
         "gru": {"hidden": 256},
@@ -103,7 +110,15 @@ SMOKE_TRAINING: dict[str, Any] = {
 SMOKE_OPTIONS: dict[str, Any] = {"dim": 16, "depth": 2, "heads": 2, "ff_dim": 16, "hidden": 16}
 
 # Seconds of a step relative to `window`: only for the order of the runs and a first guess of the time left.
-COST: dict[str, float] = {"window": 1.0, "full": 1.0, "transformer-xl": 1.3, "gru": 1.5, "htm": 4.0}
+COST: dict[str, float] = {
+    "window": 1.0,
+    "full": 1.0,
+    "transformer-xl": 1.3,
+    "gru": 1.5,
+    "memformer": 1.5,
+    "memxl": 2.0,
+    "htm": 4.0,
+}
 UNKNOWN_COST = 2.5
 
 
@@ -176,12 +191,17 @@ class RunSpec:
     """Hash of the code that is trained and that trains it."""
     libraries: dict[str, str] = field(default_factory=dict)
     """Versions of the libraries that compute."""
+    trained: RunSpec | None = None
+    """A finished run of the same results folder whose weights are evaluated with these options of the model
+    and the task, without training; None: train."""
 
     @property
     def id(self) -> str:
         """Name of the run: a hash of all the fields, the task standing for its data wherever they lie."""
         fields = dataclasses.asdict(self)
-        del fields["task_options"]
+        del fields["task_options"], fields["trained"]
+        if self.trained is not None:
+            fields["trained"] = self.trained.id
         return run_id(fields)
 
     def to_json(self) -> dict[str, Any]:
@@ -192,7 +212,14 @@ class RunSpec:
     def from_json(cls, data: Mapping[str, Any]) -> RunSpec:
         """The spec that `to_json` described."""
         train = {**data["train"], "betas": tuple(data["train"]["betas"])}
-        return cls(**{**data, "train": TrainSettings(**train)})
+        trained = data.get("trained")
+        return cls(
+            **{
+                **data,
+                "train": TrainSettings(**train),
+                "trained": None if trained is None else cls.from_json(trained),
+            }
+        )
 
 
 def plan(
@@ -234,7 +261,13 @@ def plan(
     )
 
 
-_CODE = ("memory_models", "benchmarks.train", "benchmarks.evaluate", "benchmarks.task")
+_CODE = (
+    "memory_models",
+    "benchmarks.train",
+    "benchmarks.evaluate",
+    "benchmarks.task",
+    "benchmarks.sequences",
+)
 
 
 def relative_cost(spec: RunSpec) -> float:
@@ -258,16 +291,76 @@ def _make_task(name: str, options: str) -> Task:
     return create_task(name, **json.loads(options))
 
 
+def evaluation_of(trained: RunSpec, point: RunSpec) -> RunSpec:
+    """The run that evaluates the weights of `trained` with the options of `point`.
+
+    It is `trained` itself if the two do not differ.
+
+    Raises:
+        ValueError: if the two differ in more than options of the model and the task.
+    """
+    if trained.id == point.id:
+        return trained
+    changed = _changes("train", dataclasses.asdict(trained.train), dataclasses.asdict(point.train))
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)} changes the training, so a model that is trained already cannot be "
+            "evaluated with it; train one for each value"
+        )
+    if (trained.model, trained.task, trained.seed) != (point.model, point.task, point.seed):
+        raise ValueError("a trained model is evaluated with its own model, task and seed")
+    return dataclasses.replace(point, trained=trained)
+
+
 def command_of(spec: RunSpec) -> str:
     """The command that does this run again: the settings that differ from today's are spelt out."""
-    usual = plan(spec.model, spec.task, spec.seed)
-    changes = [
-        *_changes("train", dataclasses.asdict(usual.train), dataclasses.asdict(spec.train)),
-        *_changes("task", usual.task_options, spec.task_options),
-        *_changes("model", usual.model_options, spec.model_options),
+    base = spec.trained or spec
+    changes = _changes_from(plan(base.model, base.task, base.seed), base)
+    words = ["--model", base.model, "--task", base.task]
+    if spec.trained is None:
+        words = ["run", *words, "--seed", str(base.seed)]
+    else:
+        varied = _changes_from(base, dataclasses.replace(spec, trained=None), changes)
+        words = ["sweep", *words, "--vary", *varied, "--mode", "evaluate", "--seeds", str(base.seed)]
+    return shlex.join(["memory-bench", *words, *(["--set", *changes] if changes else [])])
+
+
+def setting_of(spec: RunSpec, name: str) -> Any:
+    """The value that the run has for a setting called as in an assignment, its default included.
+
+    Raises:
+        ValueError: if neither training, task nor model has such a setting.
+    """
+    from benchmarks.task import tasks
+
+    kind = tasks.load(spec.task)
+    of_train, of_task, of_model = _sort_assignments(kind, known_options(spec.model), [f"{name}=None"])
+    for own in of_train:
+        return getattr(spec.train, own)
+    for own in of_task:
+        return getattr(cached_task(spec.task, spec.task_options).config, own)
+    [own] = of_model
+    of_lm = inspect.signature(MemoryLM.__init__).parameters
+    defaults = {option: parameter.default for option, parameter in of_lm.items()}
+    return {**defaults, **config_fields(spec.model), **spec.model_options}[own]
+
+
+def value_of(text: str) -> Any:
+    """What the text after the `=` of an assignment means: a number, a tuple, true, false, none or itself."""
+    return _value(text)
+
+
+def _changes_from(usual: RunSpec, wanted: RunSpec, before: Sequence[str] = ()) -> list[str]:
+    """Assignments that turn `usual`, itself made by those in `before`, into `wanted`."""
+    of_task = _changes("task", usual.task_options, wanted.task_options)
+    if of_task:
+        # The task has a say in the model's options: what follows from it is not spelt out.
+        usual = plan(usual.model, usual.task, usual.seed, assignments=[*before, *of_task])
+    return [
+        *_changes("train", dataclasses.asdict(usual.train), dataclasses.asdict(wanted.train)),
+        *of_task,
+        *_changes("model", usual.model_options, wanted.model_options),
     ]
-    words = ["memory-bench", "run", "--model", spec.model, "--task", spec.task, "--seed", str(spec.seed)]
-    return shlex.join([*words, *(["--set", *changes] if changes else [])])
 
 
 def _changes(scope: str, usual: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

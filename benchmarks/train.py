@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from benchmarks.evaluate import MODES, evaluate, segments
+from benchmarks.evaluate import MODES, evaluate, segments, take_weights
 from benchmarks.members import build_model, tags_of
 from benchmarks.provenance import peak_memory, versions
 from benchmarks.results import DIVERGED, FAILED, FINISHED, Record, Results, write_atomically, write_json
@@ -33,6 +33,7 @@ from benchmarks.task import IGNORED, Batch, Task
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
+MODEL = "model"
 LOSS_POINTS = 50
 
 
@@ -74,6 +75,8 @@ def run(
 ) -> Record | None:
     """Do the run, or what is left of it, and add its line to the results.
 
+    A run that evaluates the weights of another (`spec.trained`) has no checkpoint: stopped, it starts afresh.
+
     Args:
         spec: what to run.
         results: where to keep it.
@@ -93,10 +96,11 @@ def run(
             write_json(folder / "spec.json", spec.to_json())
         outcome: Record
         try:
-            outcome = {
-                "status": FINISHED,
-                **_train_and_evaluate(spec, folder, stopped, progress, checkpoint_seconds),
-            }
+            if spec.trained is None:
+                found = _train_and_evaluate(spec, folder, stopped, progress, checkpoint_seconds)
+            else:
+                found = _evaluate_trained(spec, results.run_folder(spec.trained.id), stopped, progress)
+            outcome = {"status": FINISHED, **found}
         except StoppedError:
             return None
         except CannotWriteError:
@@ -182,12 +186,59 @@ def _train_and_evaluate(
         "peak_bytes": peak_memory(),
         "start_bytes": before,
         "tokens_per_second": training.tokens / max(training.seconds["training"], 1e-9),
+        "evaluation_tokens_per_second": final.tokens_per_second,
         "tokens": training.tokens,
         "seconds": {name: round(value, 3) for name, value in training.seconds.items()},
         "loss": training.recent_loss,
         "curve": training.curve,
         "scores": final.scores,
         "memory_use": memory_use,
+    }
+
+
+def _evaluate_trained(
+    spec: RunSpec, trained: Path, stopped: Callable[[], bool], progress: Callable[[Progress], None]
+) -> Record:
+    """Evaluate the weights that the run in folder `trained` kept, in a model with the options of `spec`."""
+    torch.set_num_threads(spec.train.threads)
+    task = cached_task(spec.task, spec.task_options)
+    torch.manual_seed(spec.seed)
+    before, cpu = peak_memory(), time.process_time()
+    model = build_model(spec.model, spec.model_options, task.vocab_size)
+    if not (trained / MODEL).exists():
+        raise FileNotFoundError(
+            f"{trained / MODEL} is gone, the model to evaluate; give another folder for the results (--out) "
+            "to train it again"
+        )
+    take_weights(model, trained / MODEL)
+    rows = spec.train.evaluation_rows
+    # The first call of anything is slow, and the time is a result.
+    evaluate(model, task, rows=rows, batches=1)
+    batches = sum(1 for _ in task.evaluation(batch_size=rows))
+    done, began = 0, time.perf_counter()
+
+    def tell() -> None:
+        nonlocal done
+        rate = done / max(time.perf_counter() - began, 1e-9)
+        progress(Progress(phase="evaluating", step=done, steps=batches, rate=rate, loss=math.nan))
+        if stopped():
+            raise StoppedError
+        done += 1
+
+    final = evaluate(model, task, rows=rows, heartbeat=tell)
+    seconds = {"training": 0.0, "evaluation": final.seconds, "cpu": time.process_time() - cpu}
+    return {
+        "task_facts": describe_task(task),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "state_bytes": final.state_bytes,
+        "memory_bytes": final.memory_bytes,
+        "peak_bytes": peak_memory(),
+        "start_bytes": before,
+        "evaluation_tokens_per_second": final.tokens_per_second,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "curve": [],
+        "scores": final.scores,
+        "memory_use": {},
     }
 
 
@@ -415,8 +466,8 @@ def keep_model(model: Any, task: Task, folder: Path) -> None:
     """Write the trained model for later use, and what the task adds to it."""
     from memory_models.checkpoints import save_model
 
-    save_model(model, folder / "model")
-    task.keep(folder / "model")
+    save_model(model, folder / MODEL)
+    task.keep(folder / MODEL)
 
 
 def _is_mark(step: int, steps: int, points: int) -> bool:
