@@ -1,4 +1,4 @@
-"""The command `memory-bench`: list, run, compare, sweep, report, speed."""
+"""The command `memory-bench`: list, run, compare, sweep, report, cost, speed."""
 
 from __future__ import annotations
 
@@ -132,6 +132,11 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Time, memory, state and operations against length (memory-bench cost --help tells more)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Speed:
     """Time our modules against the published packages (memory-bench speed --help tells more)."""
 
@@ -140,9 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 1 if a run failed, 2 for wrong use, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    if words[:1] == ["speed"]:
-        # It has options of its own; only here are they looked at.
-        return importlib.import_module("benchmarks.speed.command").main(words[1:]) or EXIT_OK
+    if words[:1] in (["cost"], ["speed"]):
+        # They have options of their own; only here are they looked at.
+        return importlib.import_module(f"benchmarks.{words[0]}.command").main(words[1:]) or EXIT_OK
     # Without the pairs, a flag is --smoke and nothing else.
     command: Any = tyro.cli(
         _commands(),
@@ -321,6 +326,7 @@ def _commands() -> Any:
         "compare": Compare,
         "sweep": Sweep,
         "report": Report,
+        "cost": Cost,
         "speed": Speed,
     }
     kinds = [Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in named.items()]

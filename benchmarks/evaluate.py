@@ -178,7 +178,7 @@ class _Carrier:
             given = self._given(rows)
             out = self.model(segment.tokens, given, mask=segment.mask, reset=segment.reset)
             logits.append(out.logits)
-            self._keep(out.memory, segment, rows)
+            self._keep(self.model.commit(out.memory), segment, rows)
         return torch.cat(logits, 1)
 
     def _given(self, rows: int) -> Any:

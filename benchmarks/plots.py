@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,12 @@ def draw_all(comparison: Comparison, out: Path) -> list[Path]:
     pictures = {}
     with mpl.rc_context(STYLE):
         for name, metrics in comparison.series().items():
-            pictures[f"{name.replace(' ', '_')}.png"] = by_distance(comparison, name, metrics)
+            file = re.sub(r"[^a-z0-9]+", "_", name.lower())
+            pictures[f"{file}.png"] = by_distance(comparison, name, metrics)
+            pictures[f"{file}_map.png"] = heat_map(comparison, name, metrics)
         pictures["learning_curves.png"] = learning_curves(comparison)
         pictures["quality_by_state.png"] = quality_by_state(comparison)
+        pictures["quality_by_time.png"] = quality_by_time(comparison)
         return write_pictures(pictures, out)
 
 
@@ -116,6 +120,40 @@ def by_distance(comparison: Comparison, name: str, metrics: Sequence[Mapping[str
     return canvas
 
 
+def heat_map(comparison: Comparison, name: str, metrics: Sequence[Mapping[str, Any]]) -> Canvas | None:
+    """Models by the points of a curve, the mean score as colour and number; None for a curve of one point."""
+    rows = [row for row in comparison.rows if row.finished]
+    values = [[_figure_mean(row, metric["name"]) for metric in metrics] for row in rows]
+    finite = [value for line in values for value in line if math.isfinite(value)]
+    if len(metrics) < 2 or not finite:
+        return None
+    canvas = Canvas(
+        figsize=(2.2 + 0.95 * len(metrics), 1.3 + 0.42 * len(rows)), dpi=130, layout="constrained"
+    )
+    axes = canvas.add_subplot()
+    up = metrics[0]["higher_is_better"]
+    low, high = (0.0, 1.0) if metrics[0]["unit"] == "accuracy" else (min(finite), max(finite))
+    # Dark is good, in both directions.
+    axes.imshow(values, cmap="viridis_r" if up else "viridis", vmin=low, vmax=high, aspect="auto")
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            if math.isfinite(value):
+                share = (value - low) / ((high - low) or 1)
+                dark = share > 0.45 if up else share < 0.55
+                text = f"{value:.2f}" if high <= 10 else f"{value:.1f}"
+                axes.text(
+                    x, y, text, ha="center", va="center", color="white" if dark else "#20242a", fontsize=9
+                )
+    axes.set_xticks(range(len(metrics)), [point(metric["name"]) for metric in metrics])
+    axes.set_yticks(range(len(rows)), [row.model for row in rows])
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_title(f"{comparison.task}: {name} ({'higher' if up else 'lower'} is better)")
+    return canvas
+
+
 def learning_curves(comparison: Comparison) -> Canvas | None:
     """Training loss and headline score by step, means over the seeds."""
     canvas = Canvas(figsize=(11.5, 4.4), dpi=130, layout="constrained")
@@ -149,44 +187,75 @@ def learning_curves(comparison: Comparison) -> Canvas | None:
 
 def quality_by_state(comparison: Comparison) -> Canvas | None:
     """Headline score against the bytes a row carries from segment to segment."""
-    canvas = Canvas(figsize=(7.2, 4.6), dpi=130, layout="constrained")
-    axes = canvas.add_subplot()
     drawn = [row for row in _drawn(comparison) if row.figure("state_bytes")]
-    carried = [_mean(row, "state_bytes") for row in drawn]
+    carried = {row.model: _mean(row, "state_bytes") for row in drawn}
     if not drawn:
         return None
     # Nothing carried has no place on a logarithmic axis; it gets one of its own, at the left.
-    positive = [value for value in carried if value > 0] or [1.0]
-    first = 2 ** (math.floor(math.log2(min(positive))) - (0 if min(carried) > 0 else 2))
-    points = []
-    for row, state in zip(drawn, carried, strict=True):
-        score = row.figure("scores", comparison.headline)
-        if score is None:
-            continue
-        x = state or float(first)
-        look = _look(comparison, row) | {"linestyle": "", "markersize": 9}
-        axes.errorbar([x], [score.mean], yerr=score.half_width, capsize=3, **look)
-        points.append((row.model, x, score.mean, look["color"]))
-    if not points:
+    positive = [value for value in carried.values() if value > 0] or [1.0]
+    nothing = min(carried.values()) == 0
+    first = 2 ** (math.floor(math.log2(min(positive))) - (2 if nothing else 0))
+    places = {model: value or float(first) for model, value in carried.items()}
+    made = _quality_against(comparison, drawn, places)
+    if made is None:
         return None
+    canvas, axes, points = made
     last = 2 ** math.ceil(math.log2(max(positive)))
-    axes.set_xscale("log", base=2)
     axes.set_xlim(first / 1.7, last * 1.7)
     every = max(1, round(math.log2(last / first) / 7))
     ticks = [first * 2**power for power in range(0, round(math.log2(last / first)) + 1, every)]
-    axes.set_xticks(ticks, ["none" if t == first and min(carried) == 0 else byte_label(t) for t in ticks])
-    axes.minorticks_off()
-    headline = next(m for m in comparison.facts["metrics"] if m["name"] == comparison.headline)
-    axes.margins(y=0.15)
-    reference(axes, comparison, [headline], axes.get_xlim())
-    if headline["unit"] == "accuracy":
-        axes.set_ylim(-0.06, 1.12)
+    axes.set_xticks(ticks, ["none" if nothing and t == first else byte_label(t) for t in ticks])
     axes.set_xlabel("state carried by a row")
-    up = headline["higher_is_better"]
-    axes.set_ylabel(f"{title(comparison.headline)} ({'higher' if up else 'lower'} is better)")
     axes.set_title(f"{comparison.task}: quality against state")
     _label_points(canvas, axes, points)
     return canvas
+
+
+def quality_by_time(comparison: Comparison) -> Canvas | None:
+    """Headline score against the seconds of processor time that training and evaluation took."""
+    drawn = [row for row in _drawn(comparison) if row.figure("seconds", "cpu")]
+    places = {row.model: figure.mean for row in drawn if (figure := row.figure("seconds", "cpu")) is not None}
+    made = _quality_against(comparison, drawn, places)
+    if made is None:
+        return None
+    canvas, axes, points = made
+    low, high = min(places.values()), max(places.values())
+    axes.set_xlim(low / 1.35, high * 1.35)
+    ticks = [t for power in range(-1, 6) for t in (10**power, 2 * 10**power, 5 * 10**power)]
+    shown = [t for t in ticks if low / 1.35 <= t <= high * 1.35]
+    axes.set_xticks(shown, [f"{t:g} s" for t in shown])
+    axes.set_xlabel("processor time of a run")
+    axes.set_title(f"{comparison.task}: quality against time")
+    _label_points(canvas, axes, points)
+    return canvas
+
+
+def _quality_against(
+    comparison: Comparison, rows: Sequence[Row], places: Mapping[str, float]
+) -> tuple[Canvas, Any, list[tuple[str, float, float, str]]] | None:
+    canvas = Canvas(figsize=(7.2, 4.6), dpi=130, layout="constrained")
+    axes = canvas.add_subplot()
+    points = []
+    for row in rows:
+        score = row.figure("scores", comparison.headline)
+        if score is None:
+            continue
+        look = _look(comparison, row) | {"linestyle": "", "markersize": 9}
+        axes.errorbar([places[row.model]], [score.mean], yerr=score.half_width, capsize=3, **look)
+        points.append((row.model, places[row.model], score.mean, look["color"]))
+    if not points:
+        return None
+    axes.set_xscale("log", base=2)
+    axes.minorticks_off()
+    headline = next(m for m in comparison.facts["metrics"] if m["name"] == comparison.headline)
+    axes.margins(y=0.15)
+    axes.set_xlim(min(places.values()) / 1.7, max(places.values()) * 1.7)
+    reference(axes, comparison, [headline], axes.get_xlim())
+    if headline["unit"] == "accuracy":
+        axes.set_ylim(-0.06, 1.12)
+    up = headline["higher_is_better"]
+    axes.set_ylabel(f"{title(comparison.headline)} ({'higher' if up else 'lower'} is better)")
+    return canvas, axes, points
 
 
 def _drawn(comparison: Comparison) -> list[Row]:
@@ -253,15 +322,15 @@ def label_ends(axes: Any, ends: Sequence[tuple[str, float, str]]) -> None:
     """Names at the right end of the lines, moved apart where they would lie on each other."""
     if not ends:
         return
-    low, high = axes.get_ylim()
-    step = 0.058 * (high - low)
-    places = _apart([value for _, value, _ in ends], step, low, high)
     right = axes.get_xlim()[1]
+    # In shares of the height, so that a logarithmic axis is no exception.
+    to_share = axes.transData + axes.transAxes.inverted()
+    places = _apart([to_share.transform((right, value))[1] for _, value, _ in ends], 0.058, 0.0, 1.0)
     for (name, value, colour), place in zip(ends, places, strict=True):
         axes.annotate(
             name,
             (right, value),
-            xytext=(1.03, (place - low) / (high - low)),
+            xytext=(1.03, place),
             textcoords="axes fraction",
             color=colour,
             fontsize=9.5,
@@ -321,6 +390,11 @@ _PLACES = (
 
 def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _figure_mean(row: Row, metric: str) -> float:
+    figure = row.figure("scores", metric)
+    return math.nan if figure is None else figure.mean
 
 
 def _mean(row: Row, name: str) -> float:

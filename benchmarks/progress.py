@@ -139,6 +139,8 @@ def outcome(title: str, record: Record) -> str:
     if record["status"] != FINISHED:
         words = "".join(f"\n    {line}" for line in record.get("stderr", []))
         return f"{title}: {record['status'].upper()}: {record.get('error', '')}{words}"
+    if "task_facts" not in record:
+        return title
     headline = record["task_facts"]["headline"]
     seconds = record["seconds"]["training"] + record["seconds"]["evaluation"]
     score = record["scores"].get(headline)

@@ -1,4 +1,4 @@
-"""From results to something to read: `table.md`, `table.csv` and plots. Needs neither models nor tasks."""
+"""From results to something to read: page, tables and pictures. Needs neither models nor tasks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.document import (
+    Block,
+    Bullets,
+    Code,
+    Heading,
+    Paragraph,
+    Picture,
+    Table,
+    as_html,
+    as_markdown,
+)
+from benchmarks.findings import warnings
 from benchmarks.results import write_atomically
 from benchmarks.summary import SEEDS_FOR_INTERVAL, Comparison, Figure, point, title
 
@@ -20,11 +32,11 @@ MODES = {
 
 
 def write_report(comparison: Comparison, out: str | Path, *, plots: bool = True) -> list[Path]:
-    """Write `table.md`, `table.csv` and the plots into folder `out`; returns the files written.
+    """Write `index.html`, `table.md`, `table.csv` and the plots into folder `out`; returns the files written.
 
     Raises:
         OSError: if a file cannot be written.
-        ImportError: if `plots` is wished for and matplotlib is missing.
+        ImportError: if `plots` is wished for and matplotlib is missing, or jinja2 is.
     """
     out = Path(out)
     pictures: list[Path] = []
@@ -32,11 +44,26 @@ def write_report(comparison: Comparison, out: str | Path, *, plots: bool = True)
         from benchmarks.plots import draw_all
 
         pictures = draw_all(comparison, out)
-    table = out / "table.md"
-    write_atomically(table, markdown(comparison, pictures).encode())
-    data = out / "table.csv"
-    write_atomically(data, as_csv(comparison).encode())
-    return [table, data, *pictures]
+    blocks = document(comparison, pictures)
+    return [
+        *write_document(blocks, out, "table"),
+        *write_csv(as_csv(comparison), out / "table.csv"),
+        *pictures,
+    ]
+
+
+def write_document(blocks: Sequence[Block], out: Path, name: str, *, page: str = "index.html") -> list[Path]:
+    """Write the blocks as `name.md` and as the HTML page; returns the two files."""
+    text, html = out / f"{name}.md", out / page
+    write_atomically(text, as_markdown(blocks).encode())
+    write_atomically(html, as_html(blocks).encode())
+    return [text, html]
+
+
+def write_csv(text: str, path: Path) -> list[Path]:
+    """Write the file, atomically; returns it."""
+    write_atomically(path, text.encode())
+    return [path]
 
 
 def table(comparison: Comparison, *, metrics: Sequence[Mapping[str, Any]], costs: bool) -> list[list[str]]:
@@ -79,29 +106,48 @@ def main_metrics(comparison: Comparison) -> list[dict[str, Any]]:
 
 def markdown(comparison: Comparison, pictures: Sequence[Path] = ()) -> str:
     """The whole report as Markdown."""
-    facts = comparison.facts
-    parts = [f"# {comparison.task}", facts.get("summary", "")]
-    stated = [f"{name}: {value}" for name, value in facts.get("facts", {}).items()]
-    if stated:
-        parts.append("Data: " + "; ".join(stated) + ".")
-    parts.append(circumstances(comparison))
+    return as_markdown(document(comparison, pictures))
+
+
+def document(comparison: Comparison, pictures: Sequence[Path] = ()) -> list[Block]:
+    """The whole report as blocks."""
     main = main_metrics(comparison)
-    parts.append(markdown_table(table(comparison, metrics=main, costs=True)))
-    parts.append(
-        f"{directions(comparison, main)} Last but one row: {floor_name(comparison)}. Drop without memory: "
-        "how much worse the first column gets (see below). State per row: bytes carried from segment to "
-        "segment. Peak memory: of the whole process. Tokens/s: in training, beside the other runs of the "
-        "comparison."
-    )
+    blocks: list[Block] = [Heading(comparison.task, 1), *introduction(comparison)]
+    suspicious = _warnings(comparison)
+    if suspicious:
+        blocks.append(Bullets(suspicious, warning=True))
+    blocks += [
+        Table(table(comparison, metrics=main, costs=True)),
+        Paragraph(
+            f"{directions(comparison, main)} Last but one row: {floor_name(comparison)}. Drop without "
+            "memory: how much worse the first column gets (see below). State per row: bytes carried from "
+            "segment to segment. Peak memory: of the whole process. Tokens/s: in training, beside the other "
+            "runs of the comparison."
+        ),
+    ]
     for name, metrics in list(comparison.series().items())[1:]:
-        parts += [f"## {name}", markdown_table(table(comparison, metrics=metrics, costs=False))]
-    if facts:
-        parts += ["## Is the memory used?", *_memory_section(comparison)]
-    if comparison.failures or comparison.attempts or comparison.missing:
-        parts += ["## What went wrong", *failure_section(comparison)]
-    parts += [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures]
-    parts += ["## To do it again", _commands(comparison)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        blocks += [Heading(name), Table(table(comparison, metrics=metrics, costs=False))]
+    if comparison.facts:
+        blocks += [Heading("Is the memory used?"), *_memory_section(comparison)]
+        blocks += _diagnostics_section(comparison)
+    blocks += failure_section(comparison)
+    if pictures:
+        blocks += [Heading("Pictures"), *(Picture(path, path.stem.replace("_", " ")) for path in pictures)]
+    lines = [comparison.command] if comparison.command else []
+    lines += [record["command"] for row in comparison.rows for record in row.records]
+    return [*blocks, Heading("To do it again"), Code("\n".join(lines))]
+
+
+def introduction(comparison: Comparison) -> list[Block]:
+    """What the task is, what its data are, and what the runs were made with."""
+    facts = comparison.facts
+    stated = [f"{name}: {value}" for name, value in facts.get("facts", {}).items()]
+    words = [
+        facts.get("summary", ""),
+        f"Data: {'; '.join(stated)}." if stated else "",
+        circumstances(comparison),
+    ]
+    return [Paragraph(text) for text in words if text]
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -151,6 +197,11 @@ def number(figure: Figure | None) -> str:
     return text if figure.half_width is None else f"{text} ± {figure.half_width:.{digits}f}"
 
 
+def small(figure: Figure | None) -> str:
+    """A positive figure of any size, to two digits."""
+    return "–" if figure is None else f"{figure.mean:.2g}"
+
+
 def count(figure: Figure | None) -> str:
     """A count to three digits: `89.1 k`."""
     if figure is None:
@@ -192,13 +243,6 @@ def is_finite(value: Any) -> bool:
 def blank(value: Any) -> Any:
     """The value for a CSV cell: nothing for None."""
     return "" if value is None else value
-
-
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """The lines as Markdown; the first is the header."""
-    header, *body = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
 
 
 def directions(comparison: Comparison, metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -249,7 +293,7 @@ def circumstances(comparison: Comparison) -> str:
     )
 
 
-def _memory_section(comparison: Comparison) -> list[str]:
+def _memory_section(comparison: Comparison) -> list[Block]:
     lines = [["model", "carried", *MODES]]
     lines += [
         [
@@ -262,30 +306,69 @@ def _memory_section(comparison: Comparison) -> list[str]:
     ]
     meaning = " ".join(f"{mode.capitalize()}: {words}." for mode, words in MODES.items())
     return [
-        f"{title(comparison.headline).capitalize()} of the trained model on a part of the evaluation, with "
-        f"its memory carried as usual and in three other ways. {meaning} A score that does not suffer is "
-        "not due to the memory.",
-        markdown_table(lines),
+        Paragraph(
+            f"{title(comparison.headline).capitalize()} of the trained model on a part of the evaluation, "
+            f"with its memory carried as usual and in three other ways. {meaning} A score that does not "
+            "suffer is not due to the memory."
+        ),
+        Table(lines),
     ]
 
 
-def failure_section(comparison: Comparison) -> list[str]:
-    """A list of the runs that failed, now or before they succeeded, or have not ended."""
+def _diagnostics_section(comparison: Comparison) -> list[Block]:
+    stats, gradients = [["diagnostic", "mean", "5 %", "95 %"]], [["parameter", "gradient norm"]]
+    for row in comparison.rows:
+        names = [name for record in row.finished for name in record.get("diagnostics") or {}]
+        for name in dict.fromkeys(names):
+            cells = [row.figure("diagnostics", name, key) for key in ("mean", "low", "high")]
+            stats.append([f"{row.model}: {name}", *map(number, cells)])
+        names = [name for record in row.finished for name in record.get("memory_gradients") or {}]
+        gradients += [
+            [f"{row.model}: {name}", small(row.figure("memory_gradients", name))]
+            for name in dict.fromkeys(names)
+        ]
+    blocks: list[Block] = []
+    if len(stats) > 1:
+        blocks += [
+            Heading("What the memories do"),
+            Paragraph(
+                "The members' own diagnostics on a part of the evaluation, over all segments of a sequence "
+                "but the first; means over the seeds. Ages and distances are in tokens."
+            ),
+            Table(stats),
+        ]
+    if len(gradients) > 1:
+        blocks += [
+            Heading("What the memories learn from", 3),
+            Paragraph(
+                "Norm of the gradient that a training batch sends to each parameter that the same "
+                "transformer without memory does not have, at the end of the training."
+            ),
+            Table(gradients),
+        ]
+    return blocks
+
+
+def _warnings(comparison: Comparison) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for row in comparison.rows:
+        for record in row.finished:
+            for text in warnings(record, headline=comparison.headline):
+                found.setdefault(f"{row.model}: {text}", []).append(str(record["seed"]))
+    return [f"{text} (seed {', '.join(seeds)})" for text, seeds in found.items()]
+
+
+def failure_section(comparison: Comparison) -> list[Block]:
+    """The runs that failed, now or before they succeeded, or have not ended; nothing if all is well."""
     lines = [
-        f"- {record['model']} seed {record['seed']} {record['status']}: {record.get('error', '')} "
+        f"{record['model']} seed {record['seed']} {record['status']}: {record.get('error', '')} "
         f"(`{record['command']}`)"
         for record in comparison.failures
     ]
     lines += [
-        f"- {record['model']} seed {record['seed']} {record['status']} once, then succeeded: "
+        f"{record['model']} seed {record['seed']} {record['status']} once, then succeeded: "
         f"{record.get('error', '')}"
         for record in comparison.attempts
     ]
-    lines += [f"- {name} has not ended yet" for name in comparison.missing]
-    return ["\n".join(lines)]
-
-
-def _commands(comparison: Comparison) -> str:
-    lines = [comparison.command] if comparison.command else []
-    lines += [record["command"] for row in comparison.rows for record in row.records]
-    return "```\n" + "\n".join(lines) + "\n```"
+    lines += [f"{name} has not ended yet" for name in comparison.missing]
+    return [Heading("What went wrong"), Bullets(lines)] if lines else []

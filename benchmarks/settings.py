@@ -152,11 +152,23 @@ class TrainSettings:
     """Evaluation batches of a point of the learning curve."""
     probe_batches: int = 1
     """Evaluation batches of each test of whether the memory is used."""
+    unroll: int = 1
+    """Streams: segments read before each optimiser step, through which the gradient flows."""
+    gradient: str = "bptt"
+    """How it flows through segments: "bptt", or "replay" (memory replay, one segment's activations)."""
     threads: int = 1
     """Threads of a run; two runs at once with one thread each are the best use of two cores."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "evaluation_rows", "curve_batches", "probe_batches", "threads"):
+        for name in (
+            "steps",
+            "batch_size",
+            "evaluation_rows",
+            "curve_batches",
+            "probe_batches",
+            "unroll",
+            "threads",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         for name in ("warmup", "curve_points", "weight_decay", "final"):
@@ -165,6 +177,8 @@ class TrainSettings:
         for name in ("learning_rate", "clip"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive")
+        if self.gradient not in ("bptt", "replay"):
+            raise ValueError(f"gradient ({self.gradient!r}) must be 'bptt' or 'replay'")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay ({self.decay}) must lie in [0, 1]")
 
@@ -265,6 +279,7 @@ _CODE = (
     "memory_models",
     "benchmarks.train",
     "benchmarks.evaluate",
+    "benchmarks.learning",
     "benchmarks.task",
     "benchmarks.sequences",
 )

@@ -1,4 +1,4 @@
-"""From a sweep to something to read: `sweep.md`, `sweep.csv` and pictures. Needs neither models nor tasks."""
+"""From a sweep to something to read: page, tables and pictures. Needs neither models nor tasks."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.document import Block, Code, Heading, Paragraph, Picture, Table, as_markdown
 from benchmarks.report import (
     blank,
-    circumstances,
     column,
     count,
     directions,
     failure_section,
     floor_name,
+    introduction,
     is_finite,
     main_metrics,
-    markdown_table,
     number,
     size,
+    write_csv,
+    write_document,
 )
-from benchmarks.results import write_atomically
 from benchmarks.summary import Figure
 from benchmarks.sweep import EVALUATED, TRAINED
 from benchmarks.sweep_summary import Line, Sweep
 
 
 def write_sweep_report(sweep: Sweep, out: str | Path, *, plots: bool = True) -> list[Path]:
-    """Write `sweep.md`, `sweep.csv` and the pictures into folder `out`; returns the files written.
+    """Write `sweep.html`, `sweep.md`, `sweep.csv` and the pictures into folder `out`; returns the files.
 
     Raises:
         OSError: if a file cannot be written.
-        ImportError: if `plots` is wished for and matplotlib is missing.
+        ImportError: if `plots` is wished for and matplotlib is missing, or jinja2 is.
     """
     out = Path(out)
     pictures: list[Path] = []
@@ -41,10 +42,9 @@ def write_sweep_report(sweep: Sweep, out: str | Path, *, plots: bool = True) -> 
         from benchmarks.sweep_plots import draw_sweep
 
         pictures = draw_sweep(sweep, out)
-    text, data = out / "sweep.md", out / "sweep.csv"
-    write_atomically(text, sweep_markdown(sweep, pictures).encode())
-    write_atomically(data, sweep_csv(sweep).encode())
-    return [text, data, *pictures]
+    blocks = sweep_document(sweep, pictures)
+    written = write_document(blocks, out, "sweep", page="sweep.html")
+    return [*written, *write_csv(sweep_csv(sweep), out / "sweep.csv"), *pictures]
 
 
 def sweep_table(sweep: Sweep, *, metrics: Sequence[Mapping[str, Any]], costs: bool) -> list[list[str]]:
@@ -86,26 +86,30 @@ def sweep_table(sweep: Sweep, *, metrics: Sequence[Mapping[str, Any]], costs: bo
 
 def sweep_markdown(sweep: Sweep, pictures: Sequence[Path] = ()) -> str:
     """The whole report as Markdown."""
+    return as_markdown(sweep_document(sweep, pictures))
+
+
+def sweep_document(sweep: Sweep, pictures: Sequence[Path] = ()) -> list[Block]:
+    """The whole report as blocks."""
     runs = sweep.runs
-    parts = [f"# {sweep.title}", runs.facts.get("summary", "")]
-    stated = [f"{name}: {value}" for name, value in runs.facts.get("facts", {}).items()]
-    if stated:
-        parts.append("Data: " + "; ".join(stated) + ".")
-    parts += [circumstances(runs), ways_in_words(sweep)]
+    blocks: list[Block] = [Heading(sweep.title, 1), *introduction(runs), Paragraph(ways_in_words(sweep))]
     main = main_metrics(runs)
     if sweep.lines:
-        parts.append(markdown_table(sweep_table(sweep, metrics=main, costs=True)))
-        parts.append(
-            f"{directions(runs, main)} State per row: bytes carried from segment to segment. Tokens/s: "
-            "beside the other runs of the sweep."
-        )
+        blocks += [
+            Table(sweep_table(sweep, metrics=main, costs=True)),
+            Paragraph(
+                f"{directions(runs, main)} State per row: bytes carried from segment to segment. Tokens/s: "
+                "beside the other runs of the sweep."
+            ),
+        ]
     for name, metrics in list(runs.series().items())[1:]:
-        parts += [f"## {name}", markdown_table(sweep_table(sweep, metrics=metrics, costs=False))]
-    if runs.failures or runs.attempts or runs.missing:
-        parts += ["## What went wrong", *failure_section(runs)]
-    parts += [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures]
-    parts += ["## To do it again", _commands(sweep)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        blocks += [Heading(name), Table(sweep_table(sweep, metrics=metrics, costs=False))]
+    blocks += failure_section(runs)
+    if pictures:
+        blocks += [Heading("Pictures"), *(Picture(path, path.stem.replace("_", " ")) for path in pictures)]
+    records = [record for row in runs.rows for record in row.records]
+    lines = [runs.command, *dict.fromkeys(record["command"] for record in records)]
+    return [*blocks, Heading("To do it again"), Code("\n".join(line for line in lines if line))]
 
 
 def sweep_csv(sweep: Sweep) -> str:
@@ -164,9 +168,3 @@ def base_in_words(sweep: Sweep) -> str:
 def _training_speed(line: Line) -> str:
     # The evaluated point at the model's own values is the very run that trained it.
     return count(line.row.figure("tokens_per_second")) if line.how == TRAINED else ""
-
-
-def _commands(sweep: Sweep) -> str:
-    records = [record for row in sweep.runs.rows for record in row.records]
-    lines = [sweep.runs.command, *dict.fromkeys(record["command"] for record in records)]
-    return "```\n" + "\n".join(line for line in lines if line) + "\n```"

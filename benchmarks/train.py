@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from benchmarks.evaluate import MODES, evaluate, segments, take_weights
+from benchmarks.diagnose import memory_gradients, summarise_stats
+from benchmarks.evaluate import MODES, evaluate, take_weights
+from benchmarks.learning import accumulate_gradients, learning_rate, make_optimizer
 from benchmarks.members import build_model, tags_of
 from benchmarks.provenance import peak_memory, versions
 from benchmarks.results import DIVERGED, FAILED, FINISHED, Record, Results, write_atomically, write_json
 from benchmarks.settings import RunSpec, TrainSettings, cached_task, command_of
-from benchmarks.task import IGNORED, Batch, Task
+from benchmarks.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,9 @@ def run(
             results.append(record)
         if record["status"] == FINISHED:
             # Only now: until the line is on the disk the checkpoint is all there is.
-            (folder / CHECKPOINT).unlink(missing_ok=True)
+            for name in (CHECKPOINT, "store-*"):
+                for path in folder.glob(name):
+                    path.unlink(missing_ok=True)
         return record
 
 
@@ -176,6 +179,11 @@ def _train_and_evaluate(
     with training.timed("evaluation"):
         final = evaluate(model, task, rows=settings.evaluation_rows, heartbeat=lambda: tell("evaluating"))
         memory_use = probe(model, task, settings, heartbeat=lambda: tell("probing"))
+        diagnostics = summarise_stats(
+            model, task, rows=settings.evaluation_rows, batches=settings.probe_batches
+        )
+        batch = task.batch(seed=spec.seed, step=settings.steps, batch_size=settings.batch_size)
+        gradients = memory_gradients(model, spec.model, spec.model_options, batch)
     with _writing(folder):
         keep_model(model, task, folder)
     return {
@@ -193,6 +201,8 @@ def _train_and_evaluate(
         "curve": training.curve,
         "scores": final.scores,
         "memory_use": memory_use,
+        "diagnostics": diagnostics,
+        "memory_gradients": gradients,
     }
 
 
@@ -254,6 +264,11 @@ class Training:
         self.spec = spec
         self.task = task
         self.settings = spec.train
+        if spec.train.unroll > 1 and not task.streaming:
+            raise ValueError(
+                f"unroll ({spec.train.unroll}) is for streams; a batch of {task.name!r} is whole sequences, "
+                "and the gradient goes through all their segments"
+            )
         self.model: Any = build_model(spec.model, spec.model_options, task.vocab_size)
         self.optimizer = make_optimizer(self.model, spec.train)
         self.step = 0
@@ -263,6 +278,11 @@ class Training:
         self.losses: list[float] = []
         self.last_loss = math.nan
         self.seconds = {"training": 0.0, "evaluation": 0.0, "cpu": 0.0}
+
+    @property
+    def _store(self) -> Any:
+        # What lies outside the memory, as in `memorizing` with store="outside".
+        return getattr(self.model.module, "store", None)
 
     @property
     def rate(self) -> float:
@@ -292,15 +312,17 @@ class Training:
         """
         settings = self.settings
         with self.timed("training"):
-            batch = self.task.batch(seed=self.spec.seed, step=self.step, batch_size=settings.batch_size)
+            batches = [
+                self.task.batch(seed=self.spec.seed, step=number, batch_size=settings.batch_size)
+                for number in range(self.step * settings.unroll, (self.step + 1) * settings.unroll)
+            ]
             self.model.train()
-            memory = self.memory.detach() if self.task.streaming and self.memory is not None else None
-            loss, self.memory = loss_of(self.model, batch, memory)
-            value = loss.item()
+            self.optimizer.zero_grad(set_to_none=True)
+            value, self.memory = accumulate_gradients(
+                self.model, batches, self.memory, through=settings.gradient
+            )
             if not math.isfinite(value):
                 raise DivergedError(f"the loss is {value} at step {self.step + 1} of {settings.steps}")
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip, foreach=True).item()
             if not math.isfinite(norm):
                 raise DivergedError(
@@ -312,7 +334,7 @@ class Training:
             if not self.task.streaming:
                 self.memory = None
             self.step += 1
-            self.tokens += batch.tokens.numel()
+            self.tokens += sum(batch.tokens.numel() for batch in batches)
             self.losses.append(value)
             self.last_loss = value
         self._draw_curve()
@@ -345,6 +367,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "memory": None if self.memory is None else self.memory.detach().tensors(),
+            "store": None if self._store is None else f"store-{self.step}",
             "generator": torch.get_rng_state(),
             "curve": self.curve,
             "losses": self.losses,
@@ -353,7 +376,13 @@ class Training:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         with _writing(path):
+            if self._store is not None:
+                # Under a name of its own: until the checkpoint is there, the one before needs its own store.
+                self._store.save(path.with_name(state["store"]))
             write_atomically(path, buffer.getvalue())
+            for old in path.parent.glob("store-*"):
+                if old.name != state["store"]:
+                    old.unlink(missing_ok=True)
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint, if there is one that can be read."""
@@ -372,56 +401,9 @@ class Training:
             self.memory = _memory_from(state["memory"], self.model.init_memory(self.settings.batch_size))
         self.step, self.tokens = state["step"], state["tokens"]
         self.curve, self.losses, self.seconds = state["curve"], state["losses"], state["seconds"]
+        if self._store is not None:
+            self._store.load(path.with_name(state["store"]))
         torch.set_rng_state(state["generator"])
-
-
-def loss_of(model: Any, batch: Batch, memory: Any) -> tuple[Tensor, Any]:
-    """Mean cross-entropy in nats over all that a batch asks, and the memory after it.
-
-    The gradient flows through the memory over all segments of the batch, as far as the model lets it.
-    """
-    total: Any = 0
-    for segment in segments(batch, model.segment_length):
-        out = model(segment.tokens, memory, mask=segment.mask, reset=segment.reset)
-        memory = out.memory
-        total = total + F.cross_entropy(
-            out.logits.flatten(0, 1), segment.labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-    return total / max(batch.asked, 1), memory
-
-
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only: no embeddings, no norms, no scales or biases."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        is_matrix = sum(size > 1 for size in parameter.shape) >= 2
-        (decayed if is_matrix and id(parameter) not in embeddings else others).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    # Fused: small models on a processor are bound by the number of calls.
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        fused=True,
-    )
-
-
-def learning_rate(step: int, settings: TrainSettings) -> float:
-    """The rate of step number `step`, counted from zero: linear warm-up, constant, cosine decay."""
-    warmup = min(settings.warmup, settings.steps // 4)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    start = max(warmup, round(settings.steps * (1 - settings.decay)))
-    if step < start:
-        return settings.learning_rate
-    done = (step - start) / max(settings.steps - 1 - start, 1)
-    share = settings.final + (1 - settings.final) * (1 + math.cos(math.pi * done)) / 2
-    return settings.learning_rate * share
 
 
 def probe(

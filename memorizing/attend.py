@@ -4,8 +4,8 @@ A custom operator, so that `torch.compile` and `torch.export` keep the search an
 Only slots that hold a pair are looked at, so that an empty one cannot win, whatever it holds.
 """
 
-# axes: b batch, h heads, i queries, m memories, k pairs read, d dim, e dim of a value;
-# g rows of one group times heads, n pairs held
+# axes: b batch, h stores, p heads that share one, i queries, m memories, k pairs read, d dim,
+# e dim of a value; g rows of one group times stores, n pairs held
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -25,7 +25,7 @@ DEVICE_BLOCK_BYTES = 128 * 2**20
 @torch.library.custom_op(
     "memory_models::memorizing_attend",
     mutates_args=(),
-    schema="(Tensor queries, Tensor keys, Tensor values, Tensor total, int topk) "
+    schema="(Tensor queries, Tensor keys, Tensor values, Tensor total, int topk, Tensor? bias=None) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def attend(
@@ -34,10 +34,12 @@ def attend(
     values: Tensor,  # [b, h, m, e]
     total: Tensor,  # int64 [b], pairs ever written
     topk: int,
+    bias: Tensor | None = None,  # [h, p, m], added to the logits of a pair by its age
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Softmax attention of each query over the `topk` pairs of its row and head with the largest product.
+    """Softmax attention of each query over the `topk` pairs of its row and store with the largest product.
 
-    The gradient reaches the queries and never the pairs.
+    The gradient reaches the queries and the bias, never the pairs. With a bias the queries of the `p` heads
+    that share a store follow each other, `i / p` of each; it does not change which pairs are read.
 
     Returns:
         The output `[b, h, i, e]`, the log of the softmax' denominator `[b, h, i]`, and the slots and the
@@ -54,8 +56,11 @@ def attend(
     with torch.autocast(queries.device.type, enabled=False):
         for group, held in _groups(total, h, m):
             found = exact_top_k(flat_queries[group], flat_keys[group, :held], min(k, held), ordered=False)
-            denominator = found.scores.logsumexp(-1, keepdim=True)
-            weight = (found.scores - denominator).exp()
+            scores = found.scores
+            if bias is not None:
+                scores = scores + bias.flatten()[_ages(found.slots, total, group, bias)]
+            denominator = scores.logsumexp(-1, keepdim=True)
+            weight = (scores - denominator).exp()
             summed = bag(weight.flatten(0, 1), _places(found.slots, group, m), table)
             out[group] = summed.view(-1, i, e)
             log[group] = denominator.squeeze(-1)
@@ -67,8 +72,8 @@ def attend(
 @torch.library.custom_op(
     "memory_models::memorizing_attend_backward",
     mutates_args=(),
-    schema="(Tensor? grad, Tensor? log_grad, Tensor keys, Tensor values, Tensor total, Tensor slots, "
-    "Tensor weights) -> Tensor",
+    schema="(Tensor? grad, Tensor? log_grad, Tensor keys, Tensor values, Tensor total, Tensor? bias, "
+    "Tensor slots, Tensor weights) -> (Tensor, Tensor)",
 )
 def _attend_backward(
     grad: Tensor | None,
@@ -76,13 +81,15 @@ def _attend_backward(
     keys: Tensor,
     values: Tensor,
     total: Tensor,
+    bias: Tensor | None,
     slots: Tensor,
     weights: Tensor,
-) -> Tensor:
-    """The gradient of `attend` for the queries, `[b, h, i, d]`."""
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `attend` for the queries, `[b, h, i, d]`, and for the bias (`[0]` without one)."""
     (b, h, i, k), m, d = slots.shape, keys.shape[2], keys.shape[3]
     flat_slots, flat_weights = slots.flatten(0, 1), weights.flatten(0, 1)
     query_grad = weights.new_zeros(b * h, i, d)
+    bias_grad = weights.new_zeros(0 if bias is None else bias.numel())
     key_table, value_table = keys.flatten(0, 2), values.flatten(0, 2)
     with torch.autocast(weights.device.type, enabled=False):
         for group, held in _groups(total, h, m):
@@ -97,7 +104,12 @@ def _attend_backward(
             if log_grad is not None:
                 score_grad = score_grad + weight * log_grad.flatten(0, 1)[group].flatten()[:, None]
             query_grad[group] = bag(score_grad, places, key_table).view(-1, i, d)
-    return query_grad.view(b, h, i, d)
+            if bias is not None:
+                ages = _ages(flat_slots[group, :, :read], total, group, bias)
+                bias_grad.index_add_(0, ages.flatten(), score_grad.flatten())
+    if bias is not None:
+        bias_grad = bias_grad.view(bias.shape)
+    return query_grad.view(b, h, i, d), bias_grad
 
 
 def _groups(total: Tensor, heads: int, memories: int) -> Iterator[tuple[slice, int]]:
@@ -114,6 +126,15 @@ def _places(slots: Tensor, group: slice, memories: int) -> Tensor:
     """Slots `[g, i, k]` as rows of a table `[b h m, ...]`, `[g i, k]`."""
     start = torch.arange(group.start, group.stop, device=slots.device) * memories
     return (slots + start[:, None, None]).flatten(0, 1)
+
+
+def _ages(slots: Tensor, total: Tensor, group: slice, bias: Tensor) -> Tensor:
+    """Where the bias of the pairs in `slots` `[g, i, k]` stands among those of all stores, heads and ages."""
+    (h, p, m), i = bias.shape, slots.shape[1]
+    rows = torch.arange(group.start, group.stop, device=slots.device)
+    newest = total[rows // h] - 1
+    head = (rows % h * p)[:, None] + torch.arange(i, device=slots.device) // (i // p)
+    return head[..., None] * m + (newest[:, None, None] - slots) % m
 
 
 def _dots(vectors: Tensor, places: Tensor, table: Tensor) -> Tensor:
@@ -134,7 +155,7 @@ def _dots(vectors: Tensor, places: Tensor, table: Tensor) -> Tensor:
 
 @attend.register_fake
 def _(
-    queries: Tensor, keys: Tensor, values: Tensor, total: Tensor, topk: int
+    queries: Tensor, keys: Tensor, values: Tensor, total: Tensor, topk: int, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (*queries.shape[:3], min(topk, keys.shape[2]))
     out = queries.new_empty(*queries.shape[:3], values.shape[3])
@@ -149,15 +170,17 @@ def _(
     keys: Tensor,
     values: Tensor,
     total: Tensor,
+    bias: Tensor | None,
     slots: Tensor,
     weights: Tensor,
-) -> Tensor:
-    return weights.new_empty(*weights.shape[:3], keys.shape[3])
+) -> tuple[Tensor, Tensor]:
+    query_grad = weights.new_empty(*weights.shape[:3], keys.shape[3])
+    return query_grad, weights.new_empty((0,) if bias is None else bias.shape)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, keys, values, total, _ = inputs
-    ctx.save_for_backward(keys, values, total, output[2], output[3])
+    _, keys, values, total, _, bias = inputs
+    ctx.save_for_backward(keys, values, total, bias, output[2], output[3])
     ctx.set_materialize_grads(False)
 
 
@@ -165,8 +188,10 @@ def _differentiate(
     ctx: Any, grad: Tensor | None, log_grad: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if grad is None and log_grad is None:
-        return (None,) * 5
-    return _attend_backward(grad, log_grad, *ctx.saved_tensors), *[None] * 4
+        return (None,) * 6
+    query_grad, bias_grad = _attend_backward(grad, log_grad, *ctx.saved_tensors)
+    biased = ctx.saved_tensors[3] is not None
+    return query_grad, None, None, None, None, bias_grad if biased else None
 
 
 attend.register_autograd(_differentiate, setup_context=_save_for_backward)

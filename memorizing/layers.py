@@ -4,11 +4,13 @@ Wu et al., "Memorizing Transformers" (arXiv 2203.08913), §3.1 and §3.2: normal
 nearest pairs of the memory, and a learned share of what they give.
 """
 
-# b batch, t time, s slots of past and open segment, h heads, d width of a head
+# b batch, t time, s slots of past and open segment (in what is read from a memory: stores), h heads (that
+# share a store), d width of a head, k pairs read
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -16,43 +18,116 @@ from torch import Tensor, nn
 
 from memorizing.attend import attend
 from memorizing.config import MemorizingConfig
+from memorizing.find import find_pairs
+from memorizing.gate import AgeBias, MemoryGate
 from memorizing.memory import PairMemory
+from memorizing.store import OutsideView
 from memory_models.stats import record
 from memory_models.transformer import Past, Place, SegmentAttention, SegmentCache, append_to_cache
 
 
-def read_pairs(queries: Tensor, memory: PairMemory, *, topk: int) -> tuple[Tensor, Tensor]:
+class Retrieved(NamedTuple):
+    """What queries read from a memory.
+
+    Attributes:
+        output: `[batch, time, heads, dim_head]`, 0 for a row that holds nothing.
+        total: `[batch, time, heads]`, the log of the softmax' denominator, minus infinity there.
+        weights: `[batch, time, heads, k]` of the pairs read, detached; 0 where fewer than `k` are held.
+        ages: int64, the same shape: pairs written after each, -1 where there is none.
+    """
+
+    output: Tensor
+    total: Tensor
+    weights: Tensor
+    ages: Tensor
+
+
+def retrieve(
+    queries: Tensor, memory: PairMemory | OutsideView, *, topk: int, age_bias: AgeBias | None = None
+) -> Retrieved:
     """Attend from each query to the nearest pairs of its row and of its head's store.
 
-    Exact search. The gradient reaches the queries, and through them their scale, never the memory; the
-    pairs found are read where they lie.
+    The search is exact, or as good as the outside store's index. The gradient reaches the queries, and
+    through them their scale, and the bias, never the memory. Pairs in the state are read where they lie;
+    of an outside store those found are copied.
 
     Args:
         queries: `[batch, time, heads, dim_head]`, normalised and scaled like those of `KNNAttention`;
             a logit is the product with a key.
         memory: the pairs.
         topk: pairs read; fewer where fewer are held.
+        age_bias: what to add to the logits of the pairs read; it does not change which are.
 
     Returns:
-        `[batch, time, heads, dim_head]`, 0 for a row that holds nothing, and the log of the softmax'
-        denominator `[batch, time, heads]`, minus infinity there; both in float32 or better.
+        In float32 or better, whatever the dtype of the queries.
 
     Raises:
+        StoreError: if the outside store lacks what the memory refers to.
         ValueError: if rows or widths differ, or the stores do not divide the heads.
     """
     batch, time, heads, width = queries.shape
-    stores = memory.keys.shape[1]
-    if (batch, width) != (memory.keys.shape[0], memory.keys.shape[3]) or heads % stores:
+    pairs = memory if isinstance(memory, PairMemory) else memory.pairs.recent
+    stores = pairs.keys.shape[1]
+    if (batch, width) != (pairs.keys.shape[0], pairs.keys.shape[3]) or heads % stores:
         raise ValueError(
             f"queries {tuple(queries.shape)} [batch, time, heads, dim_head] do not fit the memory's keys "
-            f"{tuple(memory.keys.shape)} [batch, stores, memories, dim_head]"
+            f"{tuple(pairs.keys.shape)} [batch, stores, memories, dim_head]"
         )
     exact = torch.promote_types(queries.dtype, torch.float32)
     # The heads that share a store ask it together.
     asked = rearrange(queries.to(exact), "b t (s h) d -> b s (h t) d", s=stores).contiguous()
-    output, total, _, _ = attend(asked, memory.keys.detach(), memory.values.detach(), memory.total, topk)
-    output = rearrange(output, "b s (h t) d -> b t (s h) d", t=time)
-    return output, rearrange(total, "b s (h t) -> b t (s h)", t=time)
+    if isinstance(memory, PairMemory):
+        output, total, weights, ages = _read_state(asked, memory, topk, age_bias)
+    else:
+        output, total, weights, ages = _read_outside(asked, memory, topk, age_bias)
+    return Retrieved(
+        rearrange(output, "b s (h t) d -> b t (s h) d", t=time),
+        rearrange(total, "b s (h t) -> b t (s h)", t=time),
+        rearrange(weights, "b s (h t) k -> b t (s h) k", t=time),
+        rearrange(ages, "b s (h t) k -> b t (s h) k", t=time),
+    )
+
+
+def read_pairs(queries: Tensor, memory: PairMemory | OutsideView, *, topk: int) -> tuple[Tensor, Tensor]:
+    """The first two of what `retrieve` returns, the output and the log of the denominator."""
+    return retrieve(queries, memory, topk=topk)[:2]
+
+
+def _read_state(asked: Tensor, memory: PairMemory, topk: int, age_bias: AgeBias | None) -> Retrieved:
+    held = memory.keys.shape[2]
+    bias = None
+    if age_bias is not None and held:
+        # One number for each age there can be costs less than one for each pair read.
+        bias = age_bias(torch.arange(held, device=asked.device)).to(asked.dtype)
+        bias = bias.unflatten(0, (memory.keys.shape[1], -1))
+    keys, values = memory.keys.detach(), memory.values.detach()
+    output, total, slots, weights = attend(asked, keys, values, memory.total, topk, bias)
+    ages = (memory.total[:, None, None, None] - 1 - slots) % max(held, 1)
+    none = torch.arange(slots.shape[-1], device=slots.device) >= memory.held()[:, None, None, None]
+    return Retrieved(output, total, weights, ages.masked_fill(none, -1))
+
+
+def _read_outside(asked: Tensor, memory: OutsideView, topk: int, age_bias: AgeBias | None) -> Retrieved:
+    pairs, store = memory.pairs, memory.store.number
+    recent, stores = pairs.recent, pairs.recent.keys.shape[1]
+    counters = recent.total, pairs.committed, pairs.stream
+    keys, values, ages = find_pairs(
+        asked.detach(), recent.keys, recent.values, *counters, topk, store, memory.layer
+    )
+    # Row times matrix: the same product as matrix times column runs several times slower.
+    scores = (asked[..., None, :] @ keys.mT).squeeze(-2)
+    if age_bias is not None:
+        sizes = {"s": stores, "h": age_bias.leave.weight.shape[0] // stores}
+        each = age_bias.of_each(rearrange(ages, "b s (h t) k -> b t (s h) k", h=sizes["h"]))
+        scores = scores + rearrange(each.to(scores.dtype), "b t (s h) k -> b s (h t) k", **sizes)
+    # A row without any pair takes part as zeros and is put right at the end: a softmax over nothing but
+    # minus infinity would poison the gradient with NaN.
+    held, some = ages >= 0, (recent.total > 0)[:, None, None]
+    scores = scores.masked_fill(~held & some[..., None], -torch.inf)
+    total = scores.logsumexp(-1)
+    weights = (scores - total[..., None]).exp().masked_fill(~held, 0)
+    output = (weights[..., None, :] @ values).squeeze(-2)
+    return Retrieved(output, torch.where(some, total, -torch.inf), weights.detach(), ages)
 
 
 class _SharedHeads(nn.Linear):
@@ -77,10 +152,12 @@ class KNNAttention(SegmentAttention):
         y, memory = attention.segment(x, memory)     # sees all pairs of the segment before
 
     Args:
-        config: widths, `topk`, `memories`, `kv_heads`, `combine`, `shift_keys`, `tie_keys`. With
-            `combine="gate"` the result is `g * memory + (1 - g) * local`, with `g` the sigmoid of a
-            learned number per head (§3.1, 0 at first), and local attention alone in a row that holds
-            nothing. With "softmax" it is one softmax over the pairs found and the segment.
+        config: widths, `topk`, `memories`, `kv_heads`, `combine`, `shift_keys`, `tie_keys`, `age_bias`,
+            `gate_network`. With `combine="gate"` the result is `g * memory + (1 - g) * local`, with `g` the
+            sigmoid of a learned number per head (§3.1, 0 at first), and local attention alone in a row that
+            holds nothing. With "softmax" it is one softmax over the pairs found and the segment. With
+            `age_bias` a pair's logit depends on its age (`AgeBias`), with `gate_network` the gate on how
+            many pairs are held and how old those found are (`MemoryGate`); both begin without effect.
         matching: keys from the token before and key weights started equal to the query weights, where
             the config leaves these open.
         name: under which it records its diagnostics (`memory_models.collect_stats`).
@@ -104,6 +181,8 @@ class KNNAttention(SegmentAttention):
                     self.to_keys.weight.copy_(first.flatten(0, 1))
         if config.combine == "gate":
             self.gate = nn.Parameter(torch.zeros(config.heads, 1))
+        self.age_bias = AgeBias(config.heads) if config.age_bias else None
+        self.gate_network = MemoryGate(config.heads) if config.gate_network else None
 
     def init_memory(self, batch_size: int) -> PairMemory:
         """A memory that holds nothing."""
@@ -141,7 +220,7 @@ class KNNAttention(SegmentAttention):
         place: Place,
         *,
         past: Past | None = None,
-        memory: PairMemory | None = None,
+        memory: PairMemory | OutsideView | None = None,
     ) -> tuple[Tensor, SegmentCache]:
         """Attend to the open segment, to `past` and to the memory; the caller adds the residual.
 
@@ -161,19 +240,23 @@ class KNNAttention(SegmentAttention):
             attended = self.attend(queries, cache, place, past=past)
         elif self.combine == "gate":
             local = self.attend(queries, cache, place, past=past)
-            found, _ = read_pairs(queries, memory, topk=self.topk)
-            holds = (memory.total > 0).view(-1, 1, 1, 1)
+            found = retrieve(queries, memory, topk=self.topk, age_bias=self.age_bias)
+            pairs = memory if isinstance(memory, PairMemory) else memory.pairs
+            held = pairs.total.clamp(max=self.memories)
+            logit = self.gate
+            if self.gate_network is not None:
+                logit = logit + self.gate_network(held, found.ages, found.weights)
             # A row that holds nothing must not lose half of its attention.
-            gate = torch.where(holds, self.gate.sigmoid(), 0).to(local.dtype)
+            gate = torch.where((held > 0)[:, None, None, None], logit.sigmoid(), 0).to(local.dtype)
             record(f"{self.name}/memory share", gate.expand(*local.shape[:3], 1))
-            attended = gate * found.to(local.dtype) + (1 - gate) * local
+            attended = gate * found.output.to(local.dtype) + (1 - gate) * local
         else:
             local, local_total = self._attend_with_total(queries, cache, place, past)
-            found, total = read_pairs(queries, memory, topk=self.topk)
+            found = retrieve(queries, memory, topk=self.topk, age_bias=self.age_bias)
             # Two softmaxes make one when each gets its share of the common denominator.
-            share = (total - local_total).sigmoid()[..., None].to(local.dtype)
+            share = (found.total - local_total).sigmoid()[..., None].to(local.dtype)
             record(f"{self.name}/memory share", share)
-            attended = share * found.to(local.dtype) + (1 - share) * local
+            attended = share * found.output.to(local.dtype) + (1 - share) * local
         return self.to_out(rearrange(attended, "b t h d -> b t (h d)")), cache
 
     def _attend_with_total(

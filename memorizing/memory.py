@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from memorizing.knn import pages
 from memory_models.ring import append, numbers
 from memory_models.state import Memory, memory_state
 from memory_models.transformer import OpenSegment, Past
@@ -58,8 +59,8 @@ class PairMemory(Memory):
         shared = keys.shape[2] // stores
 
         def written(ring: Tensor, new: Tensor) -> Tensor:
-            new = rearrange(new.detach()[:, :, ::shared], "b t h d -> (b h) t d")
-            return append(ring.detach().flatten(0, 1), totals, new, counts).view(ring.shape)
+            new = rearrange(new.detach()[:, :, ::shared], "b t h d -> (b h) t d").to(ring.dtype)
+            return _written(ring.detach().flatten(0, 1), totals, new, counts).view(ring.shape)
 
         added = time if lengths is None else lengths
         return type(self)(
@@ -74,6 +75,72 @@ class PairMemory(Memory):
         """int64 `[batch, m]`: pairs written after the one in each slot; -1 for a slot not used."""
         number = numbers(self.total, self.keys.shape[2])
         return torch.where(number >= 0, self.total[:, None] - 1 - number, -1)
+
+
+@memory_state
+class OutsidePairs(Memory):
+    """One layer's pairs where an outside store keeps them: the newest, and which of the store's are its own.
+
+    Pair number `n` is the `n`-th of its row since the last reset. The newest are here whether or not they
+    are in the store too, so that it makes no difference when `commit` is called.
+
+    Attributes:
+        recent: the newest pairs, and the number of all.
+        committed: int64 `[batch]`: pairs numbered below this are in the store.
+        stream: int64 `[batch]`: the row's number in the store; -1 before its first commit.
+    """
+
+    recent: PairMemory
+    committed: Tensor
+    stream: Tensor
+
+    @classmethod
+    def empty(cls, batch_size: int, kept: int, stores: int, dim_head: int, *, like: Tensor) -> Self:
+        """No pairs yet, with the dtype and device of `like`; `kept` of them will be here."""
+        recent = PairMemory.empty(batch_size, kept, stores, dim_head, like=like)
+        return cls(recent=recent, committed=recent.total.clone(), stream=torch.full_like(recent.total, -1))
+
+    @property
+    def total(self) -> Tensor:
+        """int64 `[batch]`, pairs ever written to each store of each row."""
+        return self.recent.total
+
+    def append(self, keys: Tensor, values: Tensor, lengths: Tensor | None = None) -> Self:
+        """Write pairs, as `PairMemory.append`; the store gets them by `commit`."""
+        recent = self.recent.append(keys, values, lengths)
+        return type(self)(recent=recent, committed=self.committed, stream=self.stream)
+
+
+@torch.library.custom_op(
+    "memory_models::memorizing_write",
+    mutates_args=(),
+    schema="(Tensor ring, Tensor total, Tensor new, Tensor? lengths) -> Tensor",
+)
+def _written(ring: Tensor, total: Tensor, new: Tensor, lengths: Tensor | None) -> Tensor:
+    """`memory_models.ring.append` for large rings `[rows, m, d]`, without a gradient.
+
+    Nine tenths of its time would be spent on claiming the pages of the copy; here they are large ones.
+    """
+    if ring.device.type != "cpu":
+        made = append(ring, total, new, lengths)
+        return made.clone() if made is ring else made
+    capacity, time = ring.shape[1], new.shape[1]
+    copy = pages.empty(*ring.shape, dtype=ring.dtype, device=ring.device)
+    copy.copy_(ring)
+    if lengths is None:
+        lengths = torch.full_like(total, time)
+    steps = torch.arange(time, device=ring.device)
+    # Of more pairs than there are slots only the newest are written, so that no slot is written twice.
+    real = (steps < lengths[:, None]) & (steps >= lengths[:, None] - capacity)
+    rows, places = real.nonzero(as_tuple=True)
+    if len(rows):
+        copy[rows, (total[rows] + places) % capacity] = new[rows, places]
+    return copy
+
+
+@_written.register_fake
+def _(ring: Tensor, total: Tensor, new: Tensor, lengths: Tensor | None) -> Tensor:
+    return torch.empty_like(ring)
 
 
 @memory_state
@@ -141,11 +208,13 @@ class MemorizingMemory(Memory):
         segment: the open segment's keys and values; what a memory layer will write is among them.
         layers: the pairs of each memory layer.
         caches: one cache a layer; none without `xl_cache`.
+        outputs: with `xl_shift` each layer's outputs of the open segment, `[batch, segment_length, dim]`.
     """
 
     segment: OpenSegment
-    layers: tuple[PairMemory, ...]
+    layers: tuple[PairMemory | OutsidePairs, ...]
     caches: tuple[XLCache, ...]
+    outputs: tuple[Tensor, ...]
 
     @property
     def open_length(self) -> Tensor:

@@ -11,7 +11,9 @@ from memory_models.lm import LMOutput, MemoryLM
 from memory_models.models import ModelInfo, create, create_lm, info, list_models, models, register
 from memory_models.module import MemoryModule
 from memory_models.registry import Registry, UnknownNameError
+from memory_models.replay import Replay, memory_replay
 from memory_models.ring import Ring
+from memory_models.segments import Segment
 from memory_models.state import Memory, cat, memory_state, static
 from memory_models.stats import collect_stats, record
 from memory_models.testing import ContractError, check_model
@@ -28,7 +30,9 @@ __all__ = [
     "MemoryModule",
     "ModelInfo",
     "Registry",
+    "Replay",
     "Ring",
+    "Segment",
     "Step",
     "UnknownNameError",
     "cat",
@@ -42,6 +46,7 @@ __all__ = [
     "list_models",
     "load_memory",
     "load_model",
+    "memory_replay",
     "memory_state",
     "models",
     "record",

@@ -76,6 +76,10 @@ class MemoryLM(nn.Module):
         """A fresh memory of `batch_size` rows."""
         return self.module.init_memory(batch_size)
 
+    def commit(self, memory: Memory) -> Memory:
+        """Flush writes that wait for a store outside the memory; between segments."""
+        return self.module.commit(memory)
+
     def forward(
         self,
         tokens: Tensor,

@@ -50,12 +50,28 @@ for _entry in (
         paper="Lampinen et al. 2021, arXiv:2105.14039",
     ),
     ModelInfo(
+        "memformer",
+        "memformer.model:MemformerDecoder",
+        summary="Memformer: read memory slots, which take in each segment when it ends",
+        tags=("family",),
+        carries="memory slots on the unit sphere, with gradient",
+        paper="Wu et al. 2020, arXiv:2010.06891",
+    ),
+    ModelInfo(
         "memorizing",
         "memorizing.model:Memorizing",
         summary="Memorizing Transformer: attend to the nearest of all earlier keys and values",
         tags=("family",),
         carries="per memory layer: keys and values of past tokens, first in, first out",
         paper="Wu et al. 2022, arXiv:2203.08913",
+    ),
+    ModelInfo(
+        "memxl",
+        "memxl.model:MemXL",
+        summary="Memory Transformer-XL: a short memory per layer, and slots written at each segment's end",
+        tags=("family",),
+        carries="per layer: hiddens of the last tokens; for all layers: gated slots, with gradient",
+        paper="after Dai et al. 2019, arXiv:1901.02860, and the package memory-transformer-xl",
     ),
     ModelInfo(
         "window",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -248,13 +248,16 @@ class FaissRow:
             self.index.set_direct_map_type(faiss.DirectMap.Hashtable)
         self.index.add_with_ids(_array(read(slots)), np.arange(slots.start, slots.stop))
 
-    def search(self, queries: Tensor, k: int, probes: int | None = None) -> TopK:
+    def search(
+        self, queries: Tensor, k: int, probes: int | None = None, among: Sequence[range] | None = None
+    ) -> TopK:
         """The best `k` of each query `[q, dim]`; slots are -1 where Faiss found fewer.
 
         Args:
             queries: as the metric wants them.
             k: neighbours, times `oversample` when they will be scored again.
             probes: inverted lists to read in this call instead of the usual number.
+            among: at most two ranges of slots outside of which nothing is found; None: everywhere.
         """
         faiss = load_faiss()
         wanted = _array(queries)
@@ -265,7 +268,8 @@ class FaissRow:
             try:
                 if probes is not None and usual is not None:
                     self.set_probes(probes)
-                self.index.search(wanted, k, D=scores, I=slots)
+                params = None if among is None else self._params(among)
+                self.index.search(wanted, k, D=scores, I=slots, params=params)
             finally:
                 if probes is not None and usual is not None:
                     self.set_probes(usual)
@@ -274,6 +278,15 @@ class FaissRow:
             found.neg_()
         places = torch.from_numpy(slots).to(queries.device)
         return TopK(found.masked_fill_(places < 0, -torch.inf), places)
+
+    def _params(self, among: Sequence[range]) -> Any:
+        # Python keeps what a selector points to only as long as somebody holds it: Faiss's wrappers do.
+        faiss = load_faiss()
+        first, *rest = (faiss.IDSelectorRange(slots.start, slots.stop) for slots in among)
+        selector = faiss.IDSelectorOr(first, rest[0]) if rest else first
+        if self.probes is None:
+            return faiss.SearchParameters(sel=selector)
+        return faiss.SearchParametersIVF(sel=selector, nprobe=self.probes)
 
     def state(self) -> dict[str, Any]:
         """What a copy needs beside the keys: the trained, empty index and the numbers around it."""

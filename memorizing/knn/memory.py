@@ -199,6 +199,12 @@ class KNNMemory:
     def _stored(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device, self.dtype)
 
+    @property
+    def next_ids(self) -> Tensor:
+        """The id that each row's next pair will get, int64 `[num_indices]` on the CPU."""
+        ring = self._ring
+        return torch.tensor([ring.first_id[row] + ring.total[row] for row in range(self.num_indices)])
+
     def clear(self, rows: int | Iterable[int] | Tensor | None = None) -> None:
         """Forget all pairs of some rows.
 
@@ -251,14 +257,29 @@ class KNNMemory:
         return pairs, mask.view(shape).to(queries.device)
 
     def lookup(
-        self, queries: Tensor, k: int, *, nprobe: int | None = None, increment_hits: bool = True
+        self,
+        queries: Tensor,
+        k: int,
+        *,
+        nprobe: int | None = None,
+        increment_hits: bool = True,
+        within: range | None = None,
     ) -> Lookup:
         """As `search`, but only scores and ids: several times cheaper, and nothing is copied.
 
+        Args:
+            queries, k, nprobe, increment_hits: as in `search`.
+            within: find only pairs whose id lies in this range, as if the others did not exist.
+
         Returns:
             Scores (float32, or float64 if stored so) and ids, both `[batch, ..., k]` on the queries' device.
+
+        Raises:
+            TypeError, ValueError: as `search`, and if `within` has steps.
         """
-        scores, slots = self._find(queries, k, nprobe, increment_hits)
+        if within is not None and within.step != 1:
+            raise ValueError(f"within must be a range without steps, got {within}")
+        scores, slots = self._find(queries, k, nprobe, increment_hits, within)
         ids = self._ring.ids(self._scope, slots)
         shape = (*queries.shape[:-1], slots.shape[-1])
         return Lookup(scores.view(shape).to(queries.device), ids.view(shape).to(queries.device))
@@ -365,14 +386,19 @@ class KNNMemory:
 
     @torch.no_grad()
     def _find(
-        self, queries: Tensor, k: int, nprobe: int | None, increment_hits: bool
+        self,
+        queries: Tensor,
+        k: int,
+        nprobe: int | None,
+        increment_hits: bool,
+        within: range | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Scores and slots, `[batch, q, k]`."""
         k = checks.whole("k", k, least=0)
         if nprobe is not None:
             checks.whole("nprobe", nprobe, least=1)
         asked = self._asked(queries)
-        scores, slots = self._search.find(self._scope, asked, k, probes=nprobe)
+        scores, slots = self._search.find(self._scope, asked, k, probes=nprobe, within=within)
         if self._ring.hits is not None and increment_hits:
             found = self._ring.flat(self._scope, slots)[slots >= 0]
             self._ring.hits.view(-1).index_add_(0, found, torch.ones_like(found))
@@ -455,6 +481,13 @@ class KNNMemory:
             MemoryFileError: if the file is damaged, or something else.
         """
         return packing.unpack(cls, *storage.load(Path(path)), device=device)
+
+    def fork(self, *, before: int | None = None) -> Self:
+        """A memory of its own with the same pairs and ids, or only those with ids below `before`.
+
+        What both are given from then on goes to each alone, and may get the same ids.
+        """
+        return packing.fork(self, before)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are memories of their own, with no scope open."""

@@ -61,3 +61,31 @@ def unpack(
             ring.hits[row, ring.slots(row)] = tensors[f"hits.{row}"].to(memory.device)
     memory._search.unpack(description["engines"], tensors)
     return memory
+
+
+def fork(memory: M, before: int | None) -> M:
+    """Another memory with the pairs whose id is below `before`, all of them for None."""
+    source = memory._ring
+    made = type(memory)(
+        memory.dim,
+        memory.max_memories,
+        memory.num_indices,
+        value_dim=memory.value_dim,
+        metric=memory.metric,
+        index=memory.index,
+        dtype=memory.dtype,
+        device=memory.device,
+        track_hits=source.hits is not None,
+        faiss_options=memory.faiss_options,
+    )
+    ring = made._ring
+    for row in range(memory.num_indices):
+        held = memory.contents(row)
+        kept = len(held.ids) if before is None else int((held.ids < before).sum())
+        # As after a clear just before the first of them: whatever came earlier is not held.
+        ring.first_id[row] = source.oldest_id(row)
+        changes = ring.write([row], held.keys[None, :kept], held.values[None, :kept])
+        if held.hits is not None and ring.hits is not None:
+            ring.hits[row, ring.slots(row)[:kept]] = held.hits[:kept]
+        made._search.changed([row], changes)
+    return made

@@ -76,6 +76,14 @@ class Ring:
         positions = torch.arange(total - self.count(row), total, device=self.keys.device)
         return positions % self.capacity
 
+    def places(self, row: int, within: range | None = None) -> list[range]:
+        """Slots of the pairs held, or of those with an id in `within`: at most two ranges, none empty."""
+        if within is None:
+            return [range(self.count(row))] if self.total[row] else []
+        first = max(self.total[row] - self.count(row), within.start - self.first_id[row])
+        last = min(self.total[row], within.stop - self.first_id[row])
+        return self._ranges(first, max(0, last - first))
+
     def clear(self, row: int) -> None:
         """Forget the row's pairs at once; nothing is overwritten, but nothing of it can be reached."""
         self.first_id[row] += self.total[row]

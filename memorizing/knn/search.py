@@ -79,6 +79,7 @@ class Search:
         ordered: bool = True,
         exact: bool = False,
         probes: int | None = None,
+        within: range | None = None,
     ) -> TopK:
         """The best `k` pairs of each row for its queries.
 
@@ -89,28 +90,32 @@ class Search:
             ordered: best first.
             exact: do not use the indexes.
             probes: inverted lists to read, instead of the usual number.
+            within: only pairs whose id lies here; None: all.
 
         Returns:
-            Scores and slots `[n, q, k]`; -inf and -1 where the row holds fewer than `k`.
+            Scores and slots `[n, q, k]`; -inf and -1 where the row holds fewer than `k` of them.
         """
         n, q, _ = queries.shape
         scores = queries.new_full((n, q, k), -torch.inf)
         slots = torch.full((n, q, k), -1, dtype=torch.int64, device=queries.device)
         # Half precision scores would tie; autocast must not reach in here.
         with torch.autocast(queries.device.type, enabled=False):
-            for first, last, indexed in self._runs(rows, exact):
-                take = min(k, self.ring.count(rows[first]))
+            for first, last, indexed in self._runs(rows, exact, within):
+                places = self.ring.places(rows[first], within)
+                take = min(k, sum(map(len, places)))
                 part = queries[first:last]
-                if indexed:
-                    found = self._indexed(rows[first], part, take, probes)
+                if indexed and take:
+                    found = self._indexed(rows[first], part, take, probes, places)
                 else:
-                    found = self._exact(rows[first], rows[last - 1] + 1, part, take, ordered)
+                    found = self._exact(rows[first], rows[last - 1] + 1, part, take, places, ordered)
                 scores[first:last, :, :take] = found.scores
                 slots[first:last, :, :take] = found.slots
         return TopK(scores, slots)
 
-    def _runs(self, rows: Sequence[int], exact: bool) -> Iterator[tuple[int, int, bool]]:
-        """Cut `rows` into runs: neighbours holding equally many that are searched exactly, or single rows."""
+    def _runs(
+        self, rows: Sequence[int], exact: bool, within: range | None
+    ) -> Iterator[tuple[int, int, bool]]:
+        """Cut `rows` into runs: neighbours with equal slots that are searched exactly, or single rows."""
         first = 0
         while first < len(rows):
             last = first + 1
@@ -119,7 +124,7 @@ class Search:
                 not indexed
                 and last < len(rows)
                 and rows[last] == rows[last - 1] + 1
-                and self.ring.count(rows[last]) == self.ring.count(rows[first])
+                and self.ring.places(rows[last], within) == self.ring.places(rows[first], within)
                 and (exact or not self.engines or self.engines[rows[last]].index is None)
             ):
                 last += 1
@@ -138,28 +143,48 @@ class Search:
             scores = (scores - queries.square().sum(-1, keepdim=True)).clamp(max=0.0)
         return scores
 
-    def _exact(self, first: int, last: int, queries: Tensor, k: int, ordered: bool = True) -> TopK:
-        n = self.ring.count(first)
+    def _exact(
+        self,
+        first: int,
+        last: int,
+        queries: Tensor,
+        k: int,
+        places: Sequence[range],
+        ordered: bool = True,
+    ) -> TopK:
         scale, bias = self.ring.scale, self.ring.bias
-        found = exact_top_k(
-            self._prepared(queries),
-            self.ring.keys[first:last, :n],
-            k,
-            scale=None if scale is None else scale[first:last, :n],
-            bias=None if bias is None else bias[first:last, :n],
-            ordered=ordered,
-        )
-        return TopK(self._finished(queries, found.scores), found.slots)
+        prepared, parts = self._prepared(queries), []
+        for slots in places or [range(0)]:
+            part = slice(slots.start, slots.stop)
+            found = exact_top_k(
+                prepared,
+                self.ring.keys[first:last, part],
+                min(k, len(slots)),
+                scale=None if scale is None else scale[first:last, part],
+                bias=None if bias is None else bias[first:last, part],
+                ordered=ordered,
+            )
+            parts.append(TopK(found.scores, found.slots + slots.start))
+        scores, chosen = parts[0]
+        if len(parts) > 1:
+            scores, chosen = (torch.cat(both, -1) for both in zip(*parts, strict=True))
+            scores, best = scores.topk(k, sorted=ordered)
+            chosen = chosen.gather(-1, best)
+        return TopK(self._finished(queries, scores), chosen)
 
-    def _indexed(self, row: int, queries: Tensor, k: int, probes: int | None) -> TopK:
+    def _indexed(
+        self, row: int, queries: Tensor, k: int, probes: int | None, places: Sequence[range]
+    ) -> TopK:
         """Ask the row's index; queries `[1, q, dim]`, results `[1, q, k]` without gaps."""
         engine = self.engines[row]
         self._probe(row, queries)
-        if engine.index is None or k == 0:
-            return self._exact(row, row + 1, queries, k)
+        if engine.index is None:
+            return self._exact(row, row + 1, queries, k, places)
         asked = F.normalize(queries[0], dim=-1) if self.metric == "cosine" else queries[0]
-        fetch = min(math.ceil(k * engine.oversample), self.ring.count(row))
-        scores, slots = engine.search(asked, fetch, probes)
+        seen = sum(map(len, places))
+        fetch = min(math.ceil(k * engine.oversample), seen)
+        among = places if seen < self.ring.count(row) else None
+        scores, slots = engine.search(asked, fetch, probes, among)
         if not engine.keeps_all:
             scores = self._rescored(row, queries[0], slots)
             best = block_top_k(scores, k)
@@ -167,7 +192,7 @@ class Search:
         # Few lists may hold fewer than k: those queries deserve the exact answer, the row has enough.
         short = (slots[:, k - 1] < 0).nonzero().squeeze(1)
         if short.numel():
-            again = self._exact(row, row + 1, queries[:, short], k)
+            again = self._exact(row, row + 1, queries[:, short], k, places)
             scores[short], slots[short] = again.scores[0].to(scores.dtype), again.slots[0]
         return TopK(scores.unsqueeze(0), slots.unsqueeze(0))
 

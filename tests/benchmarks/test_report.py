@@ -201,7 +201,7 @@ def test_a_comparison_in_which_all_failed_still_has_a_table(tmp_path: Path) -> N
     results = Results(tmp_path)
     results.append(failure("htm", 0, DIVERGED))
     paths = write_report(load(tmp_path), tmp_path)
-    assert [path.name for path in paths] == ["table.md", "table.csv"]
+    assert [path.name for path in paths] == ["table.md", "index.html", "table.csv"]
     assert "htm (diverged)" in (tmp_path / "table.md").read_text()
 
 
@@ -210,15 +210,52 @@ def test_the_report_draws_every_picture(folder: Path, tmp_path: Path) -> None:
     names = [path.name for path in paths]
     assert names == [
         "table.md",
+        "index.html",
         "table.csv",
         "accuracy.png",
+        "accuracy_map.png",
         "speed.png",
+        "speed_map.png",
         "learning_curves.png",
         "quality_by_state.png",
+        "quality_by_time.png",
     ]
-    for path in paths[2:]:
+    for path in paths[3:]:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert f"]({path.name})" in paths[0].read_text()
+
+
+def test_a_suspicious_memory_is_warned_of_and_diagnostics_are_shown(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    unused = {
+        "drop": {"none": 0.001, "shuffled": 0.0, "frozen": 0.0},
+        "scores": {mode: {"mean accuracy": 0.3} for mode in ("carried", "none", "shuffled", "frozen")},
+    }
+    found = {"htm/hit age": {"mean": 12.5, "low": 1.0, "high": 40.0}}
+    for seed in (0, 1):
+        use = {"memory_use": unused} if seed else {}
+        results.append(
+            record("htm", seed, scores(0.3), diagnostics=found, memory_gradients={"gate": 0.0125}, **use)
+        )
+    text = markdown(load(tmp_path))
+    assert "**Warning:** htm: the memory is not used: without it mean accuracy is 0.300" in text
+    assert "(seed 1)" in text
+    assert "| htm: htm/hit age | 12.50 | 1.000 | 40.00 |" in text
+    assert "| htm: gate | 0.013 |" in text
+
+
+def test_the_map_has_a_cell_for_each_model_and_point(folder: Path) -> None:
+    comparison = load(folder)
+    [(name, metrics), *_] = comparison.series().items()
+    canvas = plots.heat_map(comparison, name, metrics)
+    assert canvas is not None
+    [axes] = canvas.axes
+    finished = [row for row in comparison.rows if row.finished]
+    assert axes.images[0].get_array().shape == (len(finished), len(metrics))
+    assert [label.get_text() for label in axes.get_yticklabels()] == [row.model for row in finished]
+    wanted = [row.figure("scores", metric["name"]).mean for row in finished for metric in metrics]
+    assert [text.get_text() for text in axes.texts] == [f"{value:.2f}" for value in wanted]
+    assert plots.heat_map(comparison, name, metrics[:1]) is None
 
 
 def test_a_member_keeps_its_colour(folder: Path) -> None:

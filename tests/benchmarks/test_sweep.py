@@ -552,12 +552,13 @@ def test_every_kind_of_sweep_is_drawn(tmp_path: Path, options: dict[str, list[An
     paths = write_sweep_report(sweep, tmp_path / "out")
     assert [path.name for path in paths] == [
         "sweep.md",
+        "sweep.html",
         "sweep.csv",
         "sweep.png",
         "sweep_accuracy.png",
         "sweep_cost.png",
     ]
-    for path in paths[2:]:
+    for path in paths[3:]:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert f"]({path.name})" in paths[0].read_text()
 

@@ -19,11 +19,12 @@ import torch
 
 from benchmarks import train
 from benchmarks.evaluate import evaluate, segments
+from benchmarks.learning import accumulate_gradients, learning_rate, loss_of, make_optimizer
 from benchmarks.members import build_model
 from benchmarks.results import DIVERGED, FAILED, FINISHED, Results, RunBusyError, plain
 from benchmarks.settings import RunSpec, TrainSettings, cached_task, command_of, plan
 from benchmarks.task import Batch
-from benchmarks.train import CHECKPOINT, CannotWriteError, learning_rate, loss_of, make_optimizer, run
+from benchmarks.train import CHECKPOINT, CannotWriteError, run
 from tests.benchmarks.tiny import STREAM, TINY
 
 NUMBERS = ("loss", "curve", "scores", "memory_use", "parameters", "state_bytes", "tokens")
@@ -197,12 +198,76 @@ def test_the_gradient_goes_through_all_segments_of_a_sequence() -> None:
     batch = task.batch(seed=0, step=0, batch_size=3)
     embedded = []
     model.embedding.register_forward_hook(lambda _, __, out: embedded.append(out))
-    loss, memory = loss_of(model, batch, None)
+    loss, memory = loss_of(model, [batch], None)
     gradients = torch.autograd.grad(loss, embedded)
     assert len(gradients) == batch.tokens.shape[1] // model.segment_length
     # What the last token of the first segment is worth only later segments can tell.
     assert gradients[0][:, -1].abs().sum() > 0
     assert memory.batch_size == 3
+
+
+def test_unrolled_streams_pass_the_gradient_from_segment_to_segment() -> None:
+    spec = tiny_plan(task=STREAM)
+    task = cached_task(STREAM, spec.task_options)
+    model = build_model(TINY, spec.model_options, task.vocab_size).eval()
+    batches = [task.batch(seed=0, step=step, batch_size=3) for step in range(3)]
+    embedded = []
+    model.embedding.register_forward_hook(lambda _, __, out: embedded.append(out))
+    loss, _ = loss_of(model, batches, None)
+    apart, memory = 0.0, None
+    for batch in batches:
+        one, memory = loss_of(model, [batch], memory)
+        apart += one.item() * batch.asked
+    assert loss.item() == pytest.approx(apart / sum(batch.asked for batch in batches), rel=1e-5)
+    last = loss_of(model, batches[:1], None)[0]
+    assert torch.autograd.grad(loss, embedded[0])[0][:, -1].abs().sum() > 0
+    assert last.item() != loss.item()
+
+
+def test_replay_trains_like_back_propagation_through_time() -> None:
+    for task_name in ("recall", STREAM):
+        spec = tiny_plan(task=task_name)
+        task = cached_task(task_name, spec.task_options)
+        torch.manual_seed(0)
+        model = build_model(TINY, spec.model_options, task.vocab_size).double().train()
+        batches = [task.batch(seed=0, step=step, batch_size=3) for step in range(2)]
+        found = {}
+        for way in ("bptt", "replay"):
+            model.zero_grad(set_to_none=True)
+            torch.manual_seed(1)
+            value, memory = accumulate_gradients(model, batches, None, through=way)
+            gradients = [p.grad.clone() for p in model.parameters()]
+            found[way] = (value, memory.tensors(), gradients)
+        assert found["replay"][0] == pytest.approx(found["bptt"][0], rel=1e-10)
+        for mine, other in zip(found["replay"][2], found["bptt"][2], strict=True):
+            assert torch.allclose(mine, other, rtol=1e-9, atol=1e-12)
+        for name, leaf in found["replay"][1].items():
+            assert torch.allclose(leaf, found["bptt"][1][name])
+            assert not leaf.requires_grad
+
+
+def test_whole_sequences_are_not_unrolled(tmp_path: Path) -> None:
+    record = run(tiny_plan("unroll=2"), Results(tmp_path))
+    assert record is not None
+    assert "unroll (2) is for streams" in record["error"]
+    record = run(tiny_plan("unroll=2", task=STREAM), Results(tmp_path))
+    assert record is not None
+    assert record["status"] == FINISHED
+    assert record["tokens"] == 2 * numbers(run(tiny_plan(task=STREAM), Results(tmp_path / "one")))["tokens"]
+
+
+def test_a_stopped_run_with_a_store_outside_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    options = ["store='outside'", "memories=64", "topk=4", "pending_segments=1", "memory_layers=(-1,)"]
+    spec = plan("memorizing", STREAM, 0, smoke=True, assignments=[f"model.{option}" for option in options])
+    whole = run(spec, Results(tmp_path / "whole"))
+    assert whole is not None
+    assert whole["status"] == FINISHED, whole
+    parts = Results(tmp_path / "parts")
+    assert run(spec, parts, stopped=stop_after(3)) is None
+    folder = parts.run_folder(spec.id)
+    assert len(list(folder.glob("store-*"))) == 1
+    assert numbers(run(spec, parts)) == numbers(whole)
+    assert not list(folder.glob("store-*"))
 
 
 def test_the_loss_is_the_mean_over_all_that_is_asked() -> None:
@@ -220,7 +285,7 @@ def test_the_loss_is_the_mean_over_all_that_is_asked() -> None:
                 label = int(batch.labels[row, start + t])
                 if label != -100:
                     terms.append(-out.logits[row, t].log_softmax(-1)[label].item())
-    assert loss_of(model, batch, None)[0].item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+    assert loss_of(model, [batch], None)[0].item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 
 def test_segments_put_a_batch_together_again() -> None:
@@ -277,6 +342,9 @@ class Parrot:
 
     def init_memory(self, rows: int) -> Any:
         return self._memory(torch.zeros(rows, dtype=torch.int64))
+
+    def commit(self, memory: Any) -> Any:
+        return memory
 
     def __call__(self, tokens: Any, memory: Any, *, mask: Any = None, reset: Any = None) -> Any:
         told = self.init_memory(len(tokens)).token if memory is None else memory.token

@@ -95,6 +95,39 @@ def test_with_the_gate_closed_it_is_the_transformer_without_memory_throughout() 
     torch.testing.assert_close(unroll(made, x)[0], wanted, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"combine": "softmax"}, {"age_bias": True, "gate_network": True}, {"store": "outside"}],
+    ids=str,
+)
+def test_without_memories_it_is_the_transformer_without_memory(options: dict[str, Any]) -> None:
+    made = model(matching_layer=True, memories=0, **options)
+    plain = Window(TransformerConfig(dim=DIM, depth=2, heads=2, segment_length=LENGTH, matching_layer=True))
+    plain = plain.double().eval()
+    own = plain.state_dict().keys()
+    plain.load_state_dict({name: value for name, value in made.state_dict().items() if name in own})
+    x = torch.randn(2, 4 * LENGTH, DIM, dtype=torch.float64, requires_grad=True)
+    seen, wanted = unroll(made, x)[0], unroll(plain, x)[0]
+    torch.testing.assert_close(seen, wanted, atol=1e-12, rtol=0)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), x)[0] for y in (seen, wanted))
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("store", ["state", "outside"])
+def test_weights_fit_a_memory_of_any_size(store: str) -> None:
+    # With room for all there is, more room changes nothing; with less, only what is out of reach.
+    trained = model(memories=20, topk=20)
+    x = torch.randn(2, 4 * LENGTH, DIM, dtype=torch.float64)
+    wanted = unroll(trained, x)[0]
+    for memories in (0, 1, 10, 20, 300, 262_144 if store == "outside" else 3000):
+        other = model(memories=memories, topk=20, store=store, pending_segments=1)
+        other.load_state_dict(trained.state_dict())
+        y = unroll(other, x)[0]
+        seen = min(4, 1 + memories // LENGTH) * LENGTH
+        torch.testing.assert_close(y[:, :seen], wanted[:, :seen], atol=1e-12, rtol=0)
+        assert seen == y.shape[1] or not torch.allclose(y[:, seen:], wanted[:, seen:])
+
+
 def test_a_pair_that_left_has_no_more_influence() -> None:
     made = model(depth=1, memories=LENGTH)
     x = torch.randn(1, 3 * LENGTH, DIM, dtype=torch.float64)
@@ -187,9 +220,10 @@ def test_the_memory_stands_where_the_paper_has_it() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"memories": 0}, "memories"),
+        ({"memories": -1}, "memories"),
         ({"topk": 0}, "topk"),
         ({"xl_cache": -1}, "xl_cache"),
+        ({"xl_shift": True}, "xl_cache"),
         ({"kv_heads": 0}, "kv_heads"),
         ({"heads": 4, "kv_heads": 3}, "kv_heads"),
         ({"combine": "sum"}, "gate"),

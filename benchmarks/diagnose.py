@@ -1,0 +1,108 @@
+"""What a trained model does with its memory: the members' diagnostics, and the gradient their memory gets."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.evaluate import segments
+from benchmarks.learning import loss_of
+from benchmarks.members import build_model, known_options, tags_of
+from benchmarks.task import Batch, Task
+
+PLAIN = "window"
+"""The member whose parameters are not those of a memory."""
+
+
+def summarise_stats(model: Any, task: Task, *, rows: int, batches: int) -> dict[str, dict[str, float]]:
+    """The members' diagnostics over the first evaluation batches (`memory_models.collect_stats`).
+
+    Args:
+        model: called like a `MemoryLM`; left in the mode it was in.
+        task: gives the data.
+        rows: rows of a batch.
+        batches: how many.
+
+    Returns:
+        For each diagnostic its `mean` and its 5 % and 95 % points, `low` and `high`, over all segments of a
+        sequence but the first, in which every memory is empty. Ages below 0 stand for nothing found and do
+        not count.
+    """
+    values: dict[str, list[Tensor]] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            memory = None
+            for batch in itertools.islice(task.evaluation(batch_size=rows), batches):
+                if not task.streaming or (memory is not None and memory.batch_size != len(batch.tokens)):
+                    memory = None
+                for segment in segments(batch, model.segment_length):
+                    first = memory is None
+                    out = model(segment.tokens, memory, mask=segment.mask, reset=segment.reset, stats=True)
+                    memory = out.memory
+                    for name, value in {} if first else out.stats.items():
+                        values.setdefault(name, []).append(_counted(name, value))
+    finally:
+        model.train(was_training)
+    return {name: _summary(torch.cat(found)) for name, found in values.items() if sum(map(len, found))}
+
+
+def memory_gradients(model: Any, name: str, options: Mapping[str, Any], batch: Batch) -> dict[str, float]:
+    """Norm of the gradient that a batch sends to each parameter that the plain transformer does not have.
+
+    Args:
+        model: the language model around member `name`.
+        name: of a member; others than families have no memory parameters.
+        options: with which it was built.
+        batch: of training data; all its segments count.
+
+    Returns:
+        Norms by the parameter's name; a parameter that no gradient reaches has 0.
+    """
+    own = memory_parameters(model, name, options)
+    if not own:
+        return {}
+    was_training = model.training
+    model.eval()
+    try:
+        loss, _ = loss_of(model, [batch], None)
+        gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
+    finally:
+        model.train(was_training)
+    return {
+        key: 0.0 if gradient is None else float(gradient.norm())
+        for key, gradient in zip(own, gradients, strict=True)
+    }
+
+
+def memory_parameters(model: Any, name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The trained parameters that the same transformer without memory does not have."""
+    if ":" in name or "family" not in tags_of(name):
+        return {}
+    known = known_options(PLAIN)
+    plain = build_model(
+        PLAIN, {key: value for key, value in options.items() if key in known}, model.vocab_size
+    )
+    shared = {key for key, _ in plain.named_parameters()}
+    return {key: p for key, p in model.named_parameters() if key not in shared and p.requires_grad}
+
+
+def _counted(name: str, value: Tensor) -> Tensor:
+    flat = value.detach().flatten().double().cpu()
+    flat = flat[flat.isfinite()]
+    return flat[flat >= 0] if name.endswith("age") else flat
+
+
+def _summary(values: Tensor) -> dict[str, float]:
+    ordered = values.sort().values
+    last = len(ordered) - 1
+    return {
+        "mean": float(values.mean()),
+        "low": float(ordered[round(0.05 * last)]),
+        "high": float(ordered[round(0.95 * last)]),
+    }

@@ -1,0 +1,90 @@
+"""The write of the classic `MemoryTransformerXL`'s long memory."""
+
+# b batch, n tokens, s slots, l memory layers, p keys and values, h heads, d width of a head
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from memxl.classic_layers import empty_slots, uniform
+from memxl.gates import NBRCGate
+
+WRITE_HEADS = 4
+
+
+class ClassicWriter(nn.Module):
+    """Write the long memory: slots read themselves and the hiddens by linear attention, and are gated.
+
+    Attention is that of Shen et al. 2018 (arXiv 1812.01243): softmax over the features of a query, over
+    the sequence for each feature of the keys. Slots have a learned place which the attention sees and the
+    state does not, so that it does not add up from segment to segment.
+
+    Args:
+        dim: width of slots and hiddens, divisible by the four heads.
+        slots: number of long-memory slots.
+        layers: number of memory layers, each with an embedding added to its hiddens.
+        persistent: learned inputs read beside the hiddens.
+        iterations: reads and gated updates a write.
+    """
+
+    def __init__(self, dim: int, *, slots: int, layers: int, persistent: int, iterations: int) -> None:
+        super().__init__()
+        self.iterations = iterations
+        self.initial = nn.Parameter(uniform(1, dim))
+        self.places = nn.Parameter(uniform(slots, dim))
+        self.depths = nn.Parameter(uniform(layers, dim))
+        self.persistent = nn.Parameter(uniform(persistent, dim))
+        self.to_queries = nn.Linear(dim, dim, bias=False)
+        self.to_keys_values = nn.Linear(dim, 2 * dim, bias=False)
+        self.to_out = nn.Linear(dim, dim, bias=False)
+        self.gate = NBRCGate(dim, bias=0.0)
+
+    def forward(self, long: Tensor, hiddens: Tensor, absent: Tensor | None) -> Tensor:
+        """The next slots `[batch, slots, dim]`.
+
+        Args:
+            long: the slots so far; those that hold nothing start from the learned state.
+            hiddens: `[layers, batch, n, dim]`, inputs of the memory layers, short memory included.
+            absent: bool `[batch, n]`, true at what must not be written; None if all is to be.
+        """
+        long = torch.where(empty_slots(long)[..., None], self.initial.to(long.dtype), long)
+        seen, weight = self._read_hiddens(hiddens, absent)
+        for _ in range(self.iterations):
+            x = F.layer_norm(long + self.places.to(long.dtype), long.shape[-1:])
+            own, own_weight = _summary(self.to_keys_values(x))
+            # Two softmaxes over parts of a sequence join by their log-sum-exps to one over the whole.
+            context = torch.lerp(own, seen, torch.sigmoid(weight - own_weight)[..., None])
+            queries = rearrange(self.to_queries(x), "b s (h d) -> b h s d", h=WRITE_HEADS).softmax(-1)
+            read = rearrange(queries @ context, "b h s d -> b s (h d)")
+            long = self.gate(self.to_out(read), long)
+        return long
+
+    def _read_hiddens(self, hiddens: Tensor, absent: Tensor | None) -> tuple[Tensor, Tensor]:
+        layers = hiddens.shape[0]
+        # W (hidden + depth), taken apart: hiddens need no gradient, so that only the depths pay for one.
+        pairs = self.to_keys_values(hiddens)
+        pairs += self.to_keys_values(self.depths)[:, None, None]
+        if absent is not None:
+            # Finite, so that a row with nothing to write has no NaN in what it then throws away.
+            least = torch.finfo(pairs.dtype).min
+            keys, values = pairs.chunk(2, -1)
+            pairs = torch.cat([keys.masked_fill(absent[..., None], least), values], -1)
+        pairs = rearrange(pairs, "l b n e -> b (l n) e", l=layers)
+        if len(self.persistent):
+            own = self.to_keys_values(self.persistent.to(pairs.dtype)).expand(pairs.shape[0], -1, -1)
+            pairs = torch.cat([pairs, own], 1)
+        return _summary(pairs)
+
+
+def _summary(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """What a sequence's keys and values `[b, n, 2 dim]` hold for linear attention.
+
+    Returns:
+        For each feature of the keys the mean of the values under a softmax over the sequence,
+        `[b, h, d, d]`, and that softmax's log-sum-exp `[b, h, d]`.
+    """
+    keys, values = (rearrange(part, "b n (h d) -> b h n d", h=WRITE_HEADS) for part in pairs.chunk(2, -1))
+    return keys.softmax(-2).transpose(-1, -2) @ values, keys.logsumexp(-2)

@@ -1,0 +1,125 @@
+"""Diagnostics of a trained model: what is summed up, which gradients count, and when a warning is due."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.diagnose import memory_gradients, memory_parameters, summarise_stats
+from benchmarks.findings import warnings
+from benchmarks.learning import loss_of
+from benchmarks.members import build_model
+from benchmarks.task import create_task, tasks
+
+OPTIONS = {"dim": 16, "depth": 2, "heads": 2, "segment_length": 16}
+
+
+def recall() -> Any:
+    return create_task("recall", **tasks.load("recall").smoke)
+
+
+def test_stats_are_summed_up_over_all_segments_but_the_first() -> None:
+    task = recall()
+    model = build_model("memorizing", {**OPTIONS, "memories": 32, "topk": 4}, task.vocab_size)
+    nn.init.normal_(model.module.trunk.attentions[1].gate)
+    found = summarise_stats(model, task, rows=8, batches=2)
+    shares = []
+    for index, batch in enumerate(task.evaluation(batch_size=8)):
+        memory = None
+        for start in range(0, 48, 16 if index < 2 else 10**6):
+            if index == 2:
+                break
+            out = model.eval()(batch.tokens[:, start : start + 16], memory, stats=True)
+            memory = out.memory
+            shares += [value for name, value in out.stats.items() if name.endswith("share") and start]
+    every = torch.cat([share.flatten() for share in shares]).double()
+    [name] = [name for name in found if name.endswith("memory share")]
+    assert found[name]["mean"] == pytest.approx(float(every.mean()))
+    assert found[name]["low"] <= found[name]["mean"] <= found[name]["high"]
+    assert float((every < found[name]["low"]).double().mean()) <= 0.05 + 1 / len(every)
+
+
+def test_ages_of_nothing_do_not_count() -> None:
+    task = recall()
+    model = build_model("htm", {**OPTIONS, "chunk_size": 4, "chunks": 8, "topk": 8}, task.vocab_size)
+    found = summarise_stats(model, task, rows=8, batches=1)
+    ages = [summary for name, summary in found.items() if name.endswith("age")]
+    assert ages
+    assert all(summary["low"] >= 0 for summary in ages)
+
+
+def test_the_mode_of_the_model_is_left_as_it_was() -> None:
+    task = recall()
+    model = build_model("htm", OPTIONS, task.vocab_size).train()
+    summarise_stats(model, task, rows=4, batches=1)
+    memory_gradients(model, "htm", OPTIONS, task.batch(seed=0, step=0, batch_size=2))
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_of_the_memory_are_those_of_the_loss() -> None:
+    task = recall()
+    options = {**OPTIONS, "memories": 32, "topk": 4}
+    model = build_model("memorizing", options, task.vocab_size).eval()
+    batch = task.batch(seed=0, step=0, batch_size=4)
+    found = memory_gradients(model, "memorizing", options, batch)
+    loss_of(model, [batch], None)[0].backward()
+    wanted = {name: float(p.grad.norm()) for name, p in model.named_parameters() if name.endswith(".gate")}
+    assert found.keys() >= wanted.keys() != set()
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted)
+    assert not any("feedforwards" in name or name.startswith(("embedding", "head")) for name in found)
+
+
+def test_only_families_have_memory_parameters() -> None:
+    task = recall()
+    for name in ("window", "gru"):
+        options = {key: value for key, value in OPTIONS.items() if name == "window" or key != "heads"}
+        model = build_model(name, options, task.vocab_size)
+        assert memory_parameters(model, name, options) == {}
+    assert memory_parameters(build_model("htm", OPTIONS, task.vocab_size), "htm", OPTIONS)
+
+
+def use(without: float, drop: float) -> dict[str, Any]:
+    scores = {"carried": {"accuracy": 0.8}, "none": {"accuracy": without}}
+    return {"scores": scores, "drop": {"none": drop}}
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    return {
+        "tags": ["family"],
+        "memory_use": use(0.1, 0.7),
+        "diagnostics": {"memorizing/memory share": {"mean": 0.4, "low": 0.1, "high": 0.9}},
+        "memory_gradients": {"gate": 0.1},
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, []),
+        ({"memory_use": {}}, []),
+        (
+            {"memory_use": use(0.799, 0.001)},
+            ["the memory is not used: without it accuracy is 0.799 instead of 0.800"],
+        ),
+        (
+            {"diagnostics": {"x/memory share": {"mean": 0.001, "low": 0, "high": 0.01}}},
+            ["x/memory share is closed: 0.0010 on average"],
+        ),
+        ({"diagnostics": {"x/gate": {"mean": 0.999, "low": 0.9, "high": 1}}}, ["x/gate is all open: 0.9990"]),
+        ({"diagnostics": {"x/hit age": {"mean": 0.0, "low": 0, "high": 0}}}, []),
+        (
+            {"memory_gradients": {"a": 0.0, "b": 1.0, "c": 0.0, "d": 0.0, "e": 0.0}},
+            ["no gradient reaches a, c, d and 1 more"],
+        ),
+        ({"tags": ["control"], "memory_gradients": {"a": 0.0}}, []),
+    ],
+)
+def test_warnings_name_what_is_wrong(changes: dict[str, Any], words: list[str]) -> None:
+    found = warnings(record(**changes), headline="accuracy")
+    assert len(found) == len(words)
+    assert all(text.startswith(start) for text, start in zip(found, words, strict=True))
