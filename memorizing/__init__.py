@@ -2,8 +2,8 @@
 
 from memorizing.classic import MemorizingTransformer, load_published
 from memorizing.config import MemorizingConfig
-from memorizing.knn import FaissOptions, KNNMemory, MemoryFileError
 from memorizing.gate import AgeBias, MemoryGate
+from memorizing.knn import FaissOptions, KNNMemory, MemoryFileError
 from memorizing.layers import KNNAttention, read_pairs
 from memorizing.memory import MemorizingMemory, OutsidePairs, PairMemory, XLCache
 from memorizing.model import Memorizing

@@ -4,6 +4,9 @@ Both sides do the same work with the same weights and inputs, each in a process 
 package in the environment that `make peers` builds. They are timed in turn (ours, theirs, ours, theirs, ...),
 so that whatever else the machine does falls on both, and what they return is compared.
 
+A case may also be run against another way of ours (`OURS` as its package), measure how near a step comes to
+what the machine can do, its longest step, or the recall of an approximate search.
+
 To add a family, write one file like `cases_htm.py` and name it in `groups`.
 """
 
@@ -18,10 +21,17 @@ from typing import Any
 
 from memory_models.registry import Named, Registry, nearest
 
-__all__ = ["Case", "Work", "find_cases", "groups"]
+__all__ = ["OURS", "Case", "Work", "find_cases", "groups"]
+
+OURS = "memory-models"
+"""As the package of a case: the other side is ours too, run in this environment."""
 
 groups: Registry[Named] = Registry("group of speed cases")
 groups.register(Named("htm", "benchmarks.speed.cases_htm:cases"))
+groups.register(Named("knn", "benchmarks.speed.cases_knn:cases"))
+groups.register(Named("memorizing", "benchmarks.speed.cases_memorizing:cases"))
+groups.register(Named("memformer", "benchmarks.speed.cases_memformer:cases"))
+groups.register(Named("memxl", "benchmarks.speed.cases_memxl:cases"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +53,29 @@ class Case:
     settings: Mapping[str, Any]
     """What the two builders of the case file are given; JSON."""
     package: str
-    """Distribution of the published package."""
+    """Distribution that the other side belongs to: a published package, Faiss, or `OURS`."""
     work: Work
     """Operations and bytes that no version can do without."""
     faster: float | None = None
     """Target: so many times faster than the published package."""
     leaner: float | None = None
     """Target: extra peak memory is at most one so-many-th."""
+    near_limit: float | None = None
+    """Target: so large a share of our time is what the operations take at the speed of a matrix product,
+    which is then timed in turn with the two sides."""
+    pause: float | None = None
+    """Target: seconds that the longest of `singly` steps may take."""
+    singly: int = 0
+    """Steps of each side that are timed one by one, for the longest."""
     quick: bool = False
     """Part of the `--quick` selection."""
     tolerance: float = 1e-4
     """Largest difference of a row of results, as a share of the largest value, that counts as equal."""
     stray_rows: float = 0.0
     """Share of rows that may differ by more, as where a choice between near-equal scores is rounded apart."""
+    recall: float | None = None
+    """For a search: our recall must reach this, instead of the same results on both sides. Both then return
+    `found`, the true scores of the pairs returned, and `best`, those of the right ones, `[queries, k]`."""
     note: str = ""
     """What the reader should know about the case."""
     file: Path = field(default=Path(), repr=False)

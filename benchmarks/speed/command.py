@@ -8,22 +8,22 @@ import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import versions
 from benchmarks.results import plain, write_atomically
-from benchmarks.speed import Case, find_cases
-from benchmarks.speed.limits import Limits, measure_limits
+from benchmarks.speed import OURS, Case, find_cases
+from benchmarks.speed.limits import Limits, MatrixProduct, measure_limits
 from benchmarks.speed.measure import Outcome, Ratio, measure, ratio
 from benchmarks.speed.peer import PeersMissingError, Process, WorkerError, find_python
 
 MIB = 1 << 20
 BUSY = 0.1
 """Share of the machine from which other programs are mentioned."""
-OURS = ("python", "torch", "memory-models", "commit")
+VERSIONS = ("python", "torch", "memory-models", "commit")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def speed(
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=190)
+        console = Console(width=230)
     errors = Console(stderr=True)
     counts = threads or ((1,) if quick else tuple(sorted({1, os.cpu_count() or 1})))
     if min(counts) < 1:
@@ -82,7 +82,7 @@ def speed(
     try:
         chosen = find_cases(cases, quick=quick)
         python = find_python(peers)
-        peer_versions = _peer_versions(python, sorted({case.package for case in chosen}))
+        peer_versions = _peer_versions(python, sorted({case.package for case in chosen} - {OURS}))
     except (LookupError, PeersMissingError, WorkerError) as error:
         errors.print(str(error), style="red", markup=False)
         return 2
@@ -153,6 +153,10 @@ class Row:
     bound_by: str
     others: float | None
     """Share of the machine that other programs took meanwhile."""
+    recall: tuple[float, float] | None = None
+    """Of a search, ours and theirs."""
+    longest: tuple[float, float] | None = None
+    """Seconds of the longest single step by the row's clock, ours and theirs."""
 
     @property
     def ratio(self) -> Ratio:
@@ -174,6 +178,12 @@ class Row:
             mine, other = self.extra_bytes
             reached = self.agrees and mine * self.case.leaner <= other
             found.append((f"memory ≤ 1/{self.case.leaner:g}", reached))
+        if self.case.near_limit is not None:
+            reached = self.agrees and self.of_limit >= self.case.near_limit
+            found.append((f"≥ {self.case.near_limit:.0%} of limit", reached))
+        if self.case.pause is not None and self.longest is not None:
+            reached = self.agrees and self.longest[0] <= self.case.pause
+            found.append((f"longest ≤ {self.case.pause * 1e3:g} ms", reached))
         return found
 
     def cells(self) -> list[str]:
@@ -185,6 +195,10 @@ class Row:
             memory = f"{mine:.1f} / {other:.1f}"
             if min(mine, other) > 0:
                 memory += f" = 1/{other / mine:.1f}"
+        if self.recall is None:
+            difference = f"{self.largest_difference:.0e}"
+        else:
+            difference = f"recall {self.recall[0]:.3f} / {self.recall[1]:.3f}"
         targets = [f"{words} {'reached' if done else 'NOT reached'}" for words, done in self.reached()]
         return [
             self.case.name,
@@ -195,7 +209,8 @@ class Row:
             memory,
             f"{self.limit_seconds * 1e3:.3g} ({self.bound_by})",
             f"{self.of_limit:.0%}",
-            f"{self.largest_difference:.0e}" + ("" if self.agrees else " WRONG"),
+            difference + ("" if self.agrees else " WRONG"),
+            "" if self.longest is None else " / ".join(f"{one * 1e3:.3g}" for one in self.longest),
             "" if self.others is None else f"{self.others:.0%}",
             "; ".join(targets),
         ]
@@ -220,6 +235,7 @@ HEADINGS = (
     "limit ms",
     "of limit",
     "difference",
+    "longest ms ours / theirs",
     "others",
     "target",
 )
@@ -228,15 +244,21 @@ HEADINGS = (
 def make_row(outcome: Outcome, limits: Limits) -> Row:
     """The row of `outcome` for as many threads as `limits` was measured with."""
     ours, theirs = outcome.times[limits.threads]
+    clock = "cpu" if limits.threads == 1 else "wall"
+    product = outcome.products.get(limits.threads)
+    if product is not None:
+        rate = MatrixProduct.operations / _median(asdict(product)[clock])
+        limits = replace(limits, operations_per_second=rate)
+    first = limits.threads == next(iter(outcome.times))
     return Row(
         case=outcome.case,
         threads=limits.threads,
-        clock="cpu" if limits.threads == 1 else "wall",
+        clock=clock,
         ours=asdict(ours),
         theirs=asdict(theirs),
         cpu=ratio(ours.cpu, theirs.cpu),
         wall=ratio(ours.wall, theirs.wall),
-        extra_bytes=outcome.extra_bytes if limits.threads == next(iter(outcome.times)) else None,
+        extra_bytes=outcome.extra_bytes if first else None,
         memory_method=outcome.memory_method,
         largest_difference=outcome.agreement.largest,
         stray_rows=outcome.agreement.stray_rows,
@@ -244,6 +266,10 @@ def make_row(outcome: Outcome, limits: Limits) -> Row:
         limit_seconds=limits.seconds(outcome.case.work),
         bound_by=limits.bound_by(outcome.case.work),
         others=outcome.others[limits.threads],
+        recall=outcome.agreement.recall,
+        longest=(
+            (outcome.longest[0][clock], outcome.longest[1][clock]) if outcome.longest and first else None
+        ),
     )
 
 
@@ -268,7 +294,7 @@ def markdown(run: dict[str, Any], rows: Sequence[Row], failed: Sequence[tuple[st
         f"Made by `{run['command']}` on {run['time']}.",
         "",
         f"- processor: {run['versions']['cpu']}, {run['cores']} cores, load {run['load']} at the start",
-        "- ours: " + _listed({name: run["versions"][name] for name in OURS if name in run["versions"]}),
+        "- ours: " + _listed({name: run["versions"][name] for name in VERSIONS if name in run["versions"]}),
         "- theirs: " + _listed(run["peers"]),
     ]
     for count, rates in run["limits"].items():
@@ -283,9 +309,10 @@ def markdown(run: dict[str, Any], rows: Sequence[Row], failed: Sequence[tuple[st
         "thread, wall time with more. *Faster* is theirs over ours, with the range of the middle 80 % of the "
         "pairs of neighbouring turns. *Extra* is the peak resident memory of the first two steps above that "
         f"after set-up, in a fresh process ({', '.join(methods)}). *Limit* is the time that the operations "
-        "and bytes which no version can avoid would take at the rates measured in this run, and *of limit* "
-        "how much of our time that is. *Difference* is the largest one between the two sides' outputs and "
-        "gradients, as a share of the largest value. *Others* is how much of the machine other programs took "
+        "and bytes which no version can avoid would take at the rates measured in this run (with a target for "
+        "it: in turn with the sides), and *of limit* how much of our time that is. *Difference* is the largest one between the two sides' outputs and "
+        "gradients, as a share of the largest value; for a search it is the recall of each side. *Longest* is the "
+        "longest of many steps timed one by one. *Others* is how much of the machine other programs took "
         "meanwhile: with several threads, a row where it is not small says little.",
         "",
         "| " + " | ".join(HEADINGS) + " |",

@@ -16,6 +16,8 @@ import torch
 
 from benchmarks.speed import Work
 
+_PRODUCT = 1024
+"""Rows and columns of the matrices whose product sets the limit."""
 _SMALLEST = 1 << 16
 _LARGEST = 1 << 28
 
@@ -60,7 +62,34 @@ def measure_limits(*, threads: int, seconds: float = 0.5) -> Limits:
     )
 
 
-def matmul_rate(*, threads: int, size: int = 1024, seconds: float = 1.0) -> float:
+class MatrixProduct:
+    """A square float32 matrix product as a side that takes its turn with others; see `measure.Side`.
+
+    The machine's speed changes while a case is timed, above all where others use it too: a limit that was
+    measured before says little then, one that was measured in turn does.
+    """
+
+    operations = 2.0 * _PRODUCT**3
+    """In one product."""
+
+    def __init__(self, *, threads: int) -> None:
+        self.threads = threads
+        self._factors = torch.randn(2, _PRODUCT, _PRODUCT)
+        self._out = torch.empty(_PRODUCT, _PRODUCT)
+
+    def ask(self, do: str, *, calls: int) -> dict[str, float]:
+        """`"run"`: seconds of wall time and CPU time of a product, the mean of `calls`."""
+        if do != "run":
+            raise ValueError(f"a matrix product can only be run, not {do!r}")
+        with _threads(self.threads), torch.no_grad():
+            cpu, wall = time.process_time(), time.perf_counter()
+            for _ in range(calls):
+                torch.mm(*self._factors, out=self._out)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return {"wall": wall / calls, "cpu": cpu / calls}
+
+
+def matmul_rate(*, threads: int, size: int = _PRODUCT, seconds: float = 1.0) -> float:
     """Operations in a second of a square float32 matrix product of `size`, the best of many."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     out = torch.empty(size, size)

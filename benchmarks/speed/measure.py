@@ -8,20 +8,24 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from benchmarks.speed import Case
+from benchmarks.speed import OURS, Case
+from benchmarks.speed.limits import MatrixProduct
 from benchmarks.speed.peer import Process
 
 TURN_SECONDS = 0.03
 """A turn repeats a short step for about so long: clocks and cold caches weigh little then."""
 PAUSE_SECONDS = 0.01
 """Between turns, so that the threads of the side that waits have gone to sleep."""
+
+RECALL_SLACK = 1e-5
+"""Scores that lie so close, as a share of the largest of a query, are equal: they were rounded apart."""
 
 
 class Side(Protocol):
@@ -64,6 +68,8 @@ class Agreement:
     compared: tuple[str, ...]
     """Names of the results that were compared."""
     agrees: bool
+    recall: tuple[float, float] | None = None
+    """Of a search, ours and theirs: then `largest` and `stray_rows` say what ours misses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,26 +85,28 @@ class Outcome:
     agreement: Agreement
     others: dict[int, float | None]
     """Share of the machine's CPU time that other programs took meanwhile; None where it cannot be told."""
+    products: dict[int, Times] = field(default_factory=dict)
+    """Of the matrix product that took turns with the sides, where the case asks for it; else empty."""
+    longest: tuple[dict[str, float], dict[str, float]] | None = None
+    """Seconds of the longest single step by "wall" and "cpu", ours and theirs, if the case asks for it."""
 
 
-def alternate(ours: Side, theirs: Side, *, rounds: int, seconds: float) -> tuple[Times, Times]:
-    """Time two sides in turn, ours first.
+def alternate(*sides: Side, rounds: int, seconds: float) -> tuple[Times, ...]:
+    """Time two or more sides in turn, the first one first.
 
     Args:
-        ours: one side, prepared.
-        theirs: the other.
+        sides: prepared.
         rounds: turns of each side at most.
         seconds: wall time after which no further round begins, at least three having been made.
 
     Returns:
-        The times of ours and of theirs, turn by turn; what comes before the first turn (a step each to
-        warm up and to choose the length of a turn) is not in them.
+        The times of each side, turn by turn; what comes before the first turn (a step each to warm up and to
+        choose the length of a turn) is not in them.
     """
     if rounds < 1:
         raise ValueError(f"rounds ({rounds}) must be at least 1")
-    sides = (ours, theirs)
     calls = [_calls_per_turn(side) for side in sides]
-    turns: tuple[list[dict[str, float]], ...] = ([], [])
+    turns: tuple[list[dict[str, float]], ...] = tuple([] for _ in sides)
     end = time.monotonic() + seconds
     for done in range(rounds):
         if done >= 3 and time.monotonic() > end:
@@ -106,11 +114,10 @@ def alternate(ours: Side, theirs: Side, *, rounds: int, seconds: float) -> tuple
         for side, number, taken in zip(sides, calls, turns, strict=True):
             time.sleep(PAUSE_SECONDS)
             taken.append(side.ask("run", calls=number))
-    first, second = (
+    return tuple(
         Times(wall=tuple(turn["wall"] for turn in taken), cpu=tuple(turn["cpu"] for turn in taken), calls=n)
         for taken, n in zip(turns, calls, strict=True)
     )
-    return first, second
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
@@ -161,6 +168,45 @@ def compare_results(
     )
 
 
+def compare_recall(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, floor: float) -> Agreement:
+    """Compare two searches, either of which may be approximate, with the right answers.
+
+    Args:
+        ours: `found`, the true scores of the pairs returned (-inf where none or a wrong pair was), and
+            `best`, the scores of the right ones, largest first; both `[queries, k]`.
+        theirs: likewise; what is held may differ.
+        floor: recall that ours must reach.
+
+    Raises:
+        ValueError: if a result is missing or the shapes differ.
+    """
+    recalls = (recall(ours), recall(theirs))
+    return Agreement(
+        largest=1 - recalls[0],
+        stray_rows=1 - recalls[0],
+        compared=("best", "found"),
+        agrees=recalls[0] >= floor,
+        recall=recalls,
+    )
+
+
+def recall(results: Mapping[str, Tensor]) -> float:
+    """Share of the pairs returned whose score reaches the last of the right ones; see `compare_recall`.
+
+    By score, not by id: of pairs with equal scores any is right. Nothing that is not finite counts.
+
+    Raises:
+        ValueError: if a result is missing or the shapes differ.
+    """
+    if not {"found", "best"} <= results.keys():
+        raise ValueError(f"a search must return 'found' and 'best', got {sorted(results)}")
+    found, best = results["found"].double(), results["best"].double()
+    if found.shape != best.shape:
+        raise ValueError(f"found is {tuple(found.shape)}, best is {tuple(best.shape)}")
+    slack = RECALL_SLACK * best.abs().amax(-1, keepdim=True)
+    return float((found.isfinite() & (found >= best[..., -1:] - slack)).double().mean())
+
+
 def measure(
     case: Case,
     *,
@@ -186,7 +232,7 @@ def measure(
     with (
         tempfile.TemporaryDirectory() as folder,
         Process(timeout=timeout) as ours,
-        Process(peers_python, timeout=timeout) as theirs,
+        Process(None if case.package == OURS else peers_python, timeout=timeout) as theirs,
     ):
         weights = str(Path(folder) / "weights.pt")
         # Theirs first: it writes the weights that ours reads.
@@ -202,13 +248,22 @@ def measure(
         peaks = [side.ask("peak") for side in (ours, theirs)]
         agreement = _agreement(case, ours, theirs, Path(folder))
         times: dict[int, tuple[Times, Times]] = {}
+        products: dict[int, Times] = {}
         others: dict[int, float | None] = {}
         for count in threads:
             for side in (ours, theirs):
                 side.ask("threads", count=count)
+            limit = [] if case.near_limit is None else [MatrixProduct(threads=count)]
             before = _machine_seconds(), _own_seconds(ours, theirs)
-            times[count] = alternate(ours, theirs, rounds=rounds, seconds=seconds)
+            mine, other, *product = alternate(ours, theirs, *limit, rounds=rounds, seconds=seconds)
+            times[count] = mine, other
+            products |= {count: found for found in product}
             others[count] = _others(before, (_machine_seconds(), _own_seconds(ours, theirs)))
+        longest = None
+        if case.singly:
+            for side in (ours, theirs):
+                side.ask("threads", count=threads[0])
+            longest = ours.ask("longest", calls=case.singly), theirs.ask("longest", calls=case.singly)
     return Outcome(
         case=case,
         times=times,
@@ -216,6 +271,8 @@ def measure(
         memory_method=peaks[0]["method"],
         agreement=agreement,
         others=others,
+        products=products,
+        longest=longest,
     )
 
 
@@ -253,6 +310,8 @@ def _agreement(case: Case, ours: Side, theirs: Side, folder: Path) -> Agreement:
         side.ask("results", path=str(path))
         results.append(torch.load(path, weights_only=True))
         path.unlink()
+    if case.recall is not None:
+        return compare_recall(*results, floor=case.recall)
     return compare_results(*results, tolerance=case.tolerance, stray_rows=case.stray_rows)
 
 

@@ -10,7 +10,7 @@ A case file offers `ours(settings, weights)` and `theirs(settings, weights)`: bo
 
 * `step(index)`: the work to be timed, on the input number `index`;
 * `warm_up()`: the same code on a tiny input, so that what is loaded once is not counted as the step's;
-* `results()`: name -> tensor, what both sides must agree on.
+* `results()`: name -> tensor, what both sides must agree on (of a search: `found` and `best`, see `Case`).
 
 `weights` is the path of a file that `theirs` writes and `ours` reads.
 """
@@ -91,6 +91,14 @@ class Worker:
             if enabled:
                 gc.enable()
         return {"wall": wall / calls, "cpu": cpu / calls}
+
+    def longest(self, calls: int) -> dict[str, float]:
+        """Seconds of the longest of `calls` steps, by wall time and by CPU time of the whole process."""
+        longest = {"wall": 0.0, "cpu": 0.0}
+        for _ in range(calls):
+            for clock, taken in self.run(1).items():
+                longest[clock] = max(longest[clock], taken)
+        return longest
 
     def peak(self) -> dict[str, Any]:
         """Bytes by which steps lift the resident memory above what is there after set-up."""
