@@ -61,7 +61,7 @@ def test_the_bench_commands_run(tmp_path: Path) -> None:
         arguments = shlex.split(line)[1:]
         if arguments[0] == "speed":
             continue  # needs the published packages; tests/benchmarks/test_speed.py runs it where they are
-        if arguments[0] in ("compare", "run"):
+        if arguments[0] in ("compare", "cost", "run", "sweep"):
             arguments += ["--smoke"]
         done = subprocess.run([*BENCH, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
