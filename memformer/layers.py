@@ -132,7 +132,7 @@ class SlotWrite(nn.Module):
         # In this order slots use the first two thirds and tokens the last two, one product each.
         self.to_queries_keys_values = nn.Linear(dim, 3 * dim, bias=False)
         self.own_bias = nn.Parameter(torch.full((heads, 1, 1), float(own_bias)))
-        self.bias = nn.Parameter(forgetting * F.normalize(torch.randn(slots, dim), dim=-1))
+        self.bias = nn.Parameter(forgetting * _spread_apart(slots, dim))
 
     def initial(self) -> Tensor:
         """`[slots, dim]`: the slots of a new document, `v / |v|`."""
@@ -256,6 +256,13 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     # Sharpened logits reach several tens, which half precision knows to a quarter. The meta device has no
     # autocast; asking about it raises.
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def _spread_apart(slots: int, dim: int) -> Tensor:
+    # Unit vectors, orthogonal while they fit into the space: slots that begin alike ask for the same tokens,
+    # and then overwrite what they should hold apart. In float32, for half precision has no such routine.
+    vectors = nn.init.orthogonal_(torch.empty(slots, dim, dtype=torch.float32))
+    return F.normalize(vectors, dim=-1).to(torch.get_default_dtype())
 
 
 def _to_sphere(slots: Tensor) -> Tensor:

@@ -81,8 +81,10 @@ def speed(
         rounds, seconds = min(rounds, 5), min(seconds, 2.0)
     try:
         chosen = find_cases(cases, quick=quick)
-        python = find_python(peers)
-        peer_versions = _peer_versions(python, sorted({case.package for case in chosen} - {OURS}))
+        packages = sorted({case.package for case in chosen} - {OURS})
+        # Ours against ours needs no other environment.
+        python = find_python(peers) if packages else Path(sys.executable)
+        peer_versions = _peer_versions(python, packages) if packages else {}
     except (LookupError, PeersMissingError, WorkerError) as error:
         errors.print(str(error), style="red", markup=False)
         return 2
@@ -173,11 +175,11 @@ class Row:
         found = []
         if self.case.faster is not None:
             reached = self.agrees and self.ratio.medians >= self.case.faster
-            found.append((f"≥ {self.case.faster:g}×", reached))
+            found.append((f"≥ {self.case.faster:.3g}×", reached))
         if self.case.leaner is not None and self.extra_bytes is not None:
             mine, other = self.extra_bytes
             reached = self.agrees and mine * self.case.leaner <= other
-            found.append((f"memory ≤ 1/{self.case.leaner:g}", reached))
+            found.append((f"memory ≤ 1/{self.case.leaner:.3g}", reached))
         if self.case.near_limit is not None:
             reached = self.agrees and self.of_limit >= self.case.near_limit
             found.append((f"≥ {self.case.near_limit:.0%} of limit", reached))
@@ -309,11 +311,12 @@ def markdown(run: dict[str, Any], rows: Sequence[Row], failed: Sequence[tuple[st
         "thread, wall time with more. *Faster* is theirs over ours, with the range of the middle 80 % of the "
         "pairs of neighbouring turns. *Extra* is the peak resident memory of the first two steps above that "
         f"after set-up, in a fresh process ({', '.join(methods)}). *Limit* is the time that the operations "
-        "and bytes which no version can avoid would take at the rates measured in this run (with a target for "
-        "it: in turn with the sides), and *of limit* how much of our time that is. *Difference* is the largest one between the two sides' outputs and "
-        "gradients, as a share of the largest value; for a search it is the recall of each side. *Longest* is the "
-        "longest of many steps timed one by one. *Others* is how much of the machine other programs took "
-        "meanwhile: with several threads, a row where it is not small says little.",
+        "and bytes which no version can avoid would take at the rates measured in this run, and *of limit* "
+        "how much of our time that is; where it is a target, the matrix product takes turns with the sides. "
+        "*Difference* is the largest one between the two sides' outputs and gradients, as a share of the "
+        "largest value; for a search it is the recall of each side. *Longest* is the longest of many steps "
+        "timed one by one. *Others* is how much of the machine other programs took meanwhile: with several "
+        "threads, a row where it is not small says little.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|" + " --- |" * len(HEADINGS),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -77,10 +78,11 @@ class MatrixProduct:
         self._factors = torch.randn(2, _PRODUCT, _PRODUCT)
         self._out = torch.empty(_PRODUCT, _PRODUCT)
 
-    def ask(self, do: str, *, calls: int) -> dict[str, float]:
+    def ask(self, do: str, **arguments: Any) -> dict[str, float]:
         """`"run"`: seconds of wall time and CPU time of a product, the mean of `calls`."""
         if do != "run":
             raise ValueError(f"a matrix product can only be run, not {do!r}")
+        calls: int = arguments["calls"]
         with _threads(self.threads), torch.no_grad():
             cpu, wall = time.process_time(), time.perf_counter()
             for _ in range(calls):

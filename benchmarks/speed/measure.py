@@ -257,7 +257,8 @@ def measure(
             before = _machine_seconds(), _own_seconds(ours, theirs)
             mine, other, *product = alternate(ours, theirs, *limit, rounds=rounds, seconds=seconds)
             times[count] = mine, other
-            products |= {count: found for found in product}
+            if product:
+                (products[count],) = product
             others[count] = _others(before, (_machine_seconds(), _own_seconds(ours, theirs)))
         longest = None
         if case.singly:

@@ -25,8 +25,9 @@ _BLOCK = 16  # neighbouring keys whose maximum is kept in the first pass of `_ti
 _FAN = 4  # columns reduced to one at each level of `block_top_k`
 _WORTHWHILE = 256  # columns from which reducing pays
 _COLUMN_FAN = 8  # blocks reduced to one in `_best_blocks`
-_KEEP_UP_TO = 16_384  # keys up to which a score tile of _KEEP_QUERIES queries is kept whole
-_KEEP_QUERIES = 64
+_KEEP_UP_TO = 16_384  # keys up to which the scores of some queries with all of them are kept
+_KEEP_QUERIES = range(64, 257)  # so many queries: the product packs the keys anew for each tile
+_KEPT_SCORES = 1 << 22  # about so many scores, which then still lie in the third-level cache
 _FEW_QUERIES = 16  # up to here the search is bound by memory bandwidth: one batched product over all rows
 _RESCORE_QUERIES = 32  # queries whose winning blocks (4 KiB each) are gathered at a time
 _MAXIMA = 1 << 25  # most block maxima held at a time, in elements
@@ -145,10 +146,11 @@ def _prepared(keys: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _kept(
     queries: Tensor, keys: Tensor, scale: Tensor | None, bias: Tensor | None, ordered: bool, out: TopK
 ) -> None:
-    """Up to _KEEP_UP_TO keys: the score tile of a few queries stays in cache while it is reduced."""
+    """Up to _KEEP_UP_TO keys: the score tile of some queries stays in cache while it is reduced."""
     keys = _prepared(keys, scale, queries.dtype).T
     k = out.scores.shape[1]
-    step = min(_KEEP_QUERIES * torch.get_num_threads(), queries.shape[0])
+    fit = max(_KEEP_QUERIES[0], min(_KEPT_SCORES // keys.shape[1], _KEEP_QUERIES[-1]))
+    step = min(fit * torch.get_num_threads(), queries.shape[0])
     tile = queries.new_empty(step, keys.shape[1])
     for start in range(0, queries.shape[0], step):
         part = queries[start : start + step]

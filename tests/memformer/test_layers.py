@@ -201,6 +201,12 @@ def test_the_options_set_the_initial_weights() -> None:
     assert write.initial().shape == GatedSlotWrite(DIM, slots=SLOTS).initial().shape == (SLOTS, DIM)
 
 
+def test_slots_begin_orthogonal_while_they_fit() -> None:
+    initial = SlotWrite(32, slots=32).initial()
+    torch.testing.assert_close(initial @ initial.T, torch.eye(32), atol=1e-5, rtol=0)
+    torch.testing.assert_close(SlotWrite(4, slots=9).initial().norm(dim=-1), torch.ones(9))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [SlotWrite, GatedSlotWrite])
 def test_the_dtype_of_the_slots_stays(kind: type[Write], dtype: torch.dtype) -> None:
