@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,14 +52,16 @@ def summarise_stats(model: Any, task: Task, *, rows: int, batches: int) -> dict[
     return {name: _summary(torch.cat(found)) for name, found in values.items() if sum(map(len, found))}
 
 
-def memory_gradients(model: Any, name: str, options: Mapping[str, Any], batch: Batch) -> dict[str, float]:
-    """Norm of the gradient that a batch sends to each parameter that the plain transformer does not have.
+def memory_gradients(
+    model: Any, name: str, options: Mapping[str, Any], batches: Sequence[Batch]
+) -> dict[str, float]:
+    """Norm of the gradient that a training step sends to each parameter that the plain transformer does not have.
 
     Args:
         model: the language model around member `name`.
         name: of a member; others than families have no memory parameters.
         options: with which it was built.
-        batch: of training data; all its segments count.
+        batches: what an optimiser step reads, one after the other.
 
     Returns:
         Norms by the parameter's name; a parameter that no gradient reaches has 0.
@@ -70,7 +72,7 @@ def memory_gradients(model: Any, name: str, options: Mapping[str, Any], batch: B
     was_training = model.training
     model.eval()
     try:
-        loss, _ = loss_of(model, [batch], None)
+        loss, _ = loss_of(model, batches, None)
         gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
     finally:
         model.train(was_training)

@@ -182,8 +182,11 @@ def _train_and_evaluate(
         diagnostics = summarise_stats(
             model, task, rows=settings.evaluation_rows, batches=settings.probe_batches
         )
-        batch = task.batch(seed=spec.seed, step=settings.steps, batch_size=settings.batch_size)
-        gradients = memory_gradients(model, spec.model, spec.model_options, batch)
+        following = range(settings.steps * settings.unroll, (settings.steps + 1) * settings.unroll)
+        batches = [
+            task.batch(seed=spec.seed, step=number, batch_size=settings.batch_size) for number in following
+        ]
+        gradients = memory_gradients(model, spec.model, spec.model_options, batches)
     with _writing(folder):
         keep_model(model, task, folder)
     return {

@@ -55,7 +55,7 @@ def test_the_mode_of_the_model_is_left_as_it_was() -> None:
     task = recall()
     model = build_model("htm", OPTIONS, task.vocab_size).train()
     summarise_stats(model, task, rows=4, batches=1)
-    memory_gradients(model, "htm", OPTIONS, task.batch(seed=0, step=0, batch_size=2))
+    memory_gradients(model, "htm", OPTIONS, [task.batch(seed=0, step=0, batch_size=2)])
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -65,7 +65,7 @@ def test_gradients_of_the_memory_are_those_of_the_loss() -> None:
     options = {**OPTIONS, "memories": 32, "topk": 4}
     model = build_model("memorizing", options, task.vocab_size).eval()
     batch = task.batch(seed=0, step=0, batch_size=4)
-    found = memory_gradients(model, "memorizing", options, batch)
+    found = memory_gradients(model, "memorizing", options, [batch])
     loss_of(model, [batch], None)[0].backward()
     wanted = {name: float(p.grad.norm()) for name, p in model.named_parameters() if name.endswith(".gate")}
     assert found.keys() >= wanted.keys() != set()
