@@ -55,7 +55,7 @@ def summarise_stats(model: Any, task: Task, *, rows: int, batches: int) -> dict[
 def memory_gradients(
     model: Any, name: str, options: Mapping[str, Any], batches: Sequence[Batch]
 ) -> dict[str, float]:
-    """Norm of the gradient that a training step sends to each parameter that the plain transformer does not have.
+    """Norm of the gradient that a step sends to each parameter that the plain transformer does not have.
 
     Args:
         model: the language model around member `name`.
