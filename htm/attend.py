@@ -1,9 +1,9 @@
 """The inner attention of the HTM read, over chosen chunks that are gathered a few queries at a time.
 
-`attend` is a custom operator, so that `torch.compile` and `torch.export` keep its blocks as they are, and so
-that the backward can gather the chosen memories a second time instead of keeping a copy of them. Where
-neither is wanted `attend_without_gradient` does the same without an operator's overhead, which for one query
-is a fifth of the time.
+`attend` is a custom operator, so that `torch.compile` keeps its blocks as they are, and so that the backward
+can gather the chosen memories a second time instead of keeping a copy of them. Where neither is wanted
+`attend_without_gradient` does the same without an operator's overhead, which for one query is a fifth of the
+time. `attend_portably` is what `torch.export` writes down: ordinary operations, all queries at once.
 """
 
 # axes: b batch, i queries, m chunks, k chosen chunks, c places in a chunk, n tokens, h heads, d dim;
@@ -71,6 +71,47 @@ def attend_without_gradient(
             if positions is not None:
                 out[block] += attention.sum(dim=2) @ positions[:, :value_dim]
     return out.view(b, i, h, value_dim), kept
+
+
+def attend_portably(
+    queries: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    tokens: Tensor,
+    positions: Tensor | None,
+    places: Tensor | None,
+    chunk_size: int,
+    value_dim: int,
+    joint: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `attend_without_gradient`, for graphs that run without this library, or without torch.
+
+    The chosen chunks of all queries are there at once, `[b, i, k, c, d]`. No weights are kept: the second
+    result is empty.
+    """
+    place = torch.arange(chunk_size, device=chosen.device)
+    # The last chunk may be cut short: what is clamped is hidden by `places`.
+    index = (chosen[..., None] * chunk_size + place).clamp(max=tokens.shape[1] - 1)
+    rows = torch.arange(tokens.shape[0], device=chosen.device)[:, None, None, None]
+    gathered = tokens[rows, index].to(queries.dtype)
+    if places is not None:
+        gathered = torch.where(places[..., None], gathered, 0)
+    if positions is not None:
+        gathered = gathered + positions
+    exact = torch.promote_types(queries.dtype, torch.float32)
+    with torch.autocast(queries.device.type, enabled=False):
+        scores = torch.einsum("bihd,bikcd->bihkc", queries, gathered)
+        if joint:
+            scores = scores + weights[:, :, None, :, None]
+        if places is not None:
+            scores = scores.masked_fill(~places[:, :, None], torch.finfo(scores.dtype).min)
+        if joint:
+            inside = scores.flatten(3).softmax(-1, dtype=exact).view(scores.shape)
+        else:
+            inside = scores.softmax(-1, dtype=exact) * weights[:, :, None, :, None]
+        out = torch.einsum("bihkc,bikcd->bihd", inside.to(queries.dtype), gathered[..., :value_dim])
+    return out, out.new_empty(0)
 
 
 attend = torch.library.custom_op(

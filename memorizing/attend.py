@@ -1,7 +1,8 @@
 """Attention from queries to the nearest pairs of a ring inside the state, without laying the pairs out.
 
-A custom operator, so that `torch.compile` and `torch.export` keep the search and its tiles as they are.
-Only slots that hold a pair are looked at, so that an empty one cannot win, whatever it holds.
+A custom operator, so that `torch.compile` keeps the search and its tiles as they are. Only slots that hold a
+pair are looked at, so that an empty one cannot win, whatever it holds. `attend_portably` is what
+`torch.export` writes down: ordinary operations, all scores at once.
 """
 
 # axes: b batch, h stores, p heads that share one, i queries, m memories, k pairs read, d dim,
@@ -67,6 +68,40 @@ def attend(
             slots[group, :, : found.slots.shape[2]] = found.slots
             weights[group, :, : found.slots.shape[2]] = weight
     return out.view(b, h, i, e), log.view(b, h, i), slots.view(b, h, i, k), weights.view(b, h, i, k)
+
+
+def attend_portably(
+    queries: Tensor, keys: Tensor, values: Tensor, total: Tensor, topk: int, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `attend`, for graphs that run without this library, or without torch.
+
+    The scores of all slots are there at once, `[b, h, i, m]`, and the values of all pairs read.
+    """
+    b, h, i, _ = queries.shape
+    m, k = keys.shape[2], min(topk, keys.shape[2])
+    if m == 0:
+        none = queries.new_zeros(b, h, i, 0)
+        out = queries.new_zeros(b, h, i, values.shape[3])
+        return out, queries.new_full((b, h, i), -torch.inf), none.to(torch.int64), none
+    held = (torch.arange(m, device=total.device) < total[:, None])[:, None, None]
+    some = (total > 0)[:, None, None]
+    with torch.autocast(queries.device.type, enabled=False):
+        found = (queries @ keys.to(queries.dtype).mT).masked_fill(~held, -torch.inf).topk(k)
+        slots, scores = found.indices, found.values
+        if bias is not None:
+            ages = (total[:, None, None, None] - 1 - slots) % m
+            each = bias[:, :, None].expand(-1, -1, i // bias.shape[1], -1).flatten(1, 2)
+            scores = scores + each.expand(b, -1, -1, -1).gather(-1, ages)
+        real = scores > -torch.inf
+        # A row without any pair takes part as zeros: a softmax over nothing is NaN, in its gradient too.
+        scores = torch.where(real | some[..., None], scores, 0)
+        log = scores.logsumexp(-1)
+        weights = torch.where(real, (scores - log[..., None]).exp(), 0)
+        rows = torch.arange(b, device=slots.device)[:, None, None, None]
+        stores = torch.arange(h, device=slots.device)[:, None, None]
+        read = torch.where(real[..., None], values[rows, stores, slots].to(queries.dtype), 0)
+        out = (weights[..., None, :] @ read).squeeze(-2)
+    return out, torch.where(some, log, -torch.inf), slots, weights
 
 
 @torch.library.custom_op(

@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from memorizing.attend import attend
+from memorizing.attend import attend, attend_portably
 from memorizing.config import MemorizingConfig
 from memorizing.find import find_pairs
 from memorizing.gate import AgeBias, MemoryGate
@@ -101,7 +101,8 @@ def _read_state(asked: Tensor, memory: PairMemory, topk: int, age_bias: AgeBias 
         bias = age_bias(torch.arange(held, device=asked.device)).to(asked.dtype)
         bias = bias.unflatten(0, (memory.keys.shape[1], -1))
     keys, values = memory.keys.detach(), memory.values.detach()
-    output, total, slots, weights = attend(asked, keys, values, memory.total, topk, bias)
+    read = attend_portably if torch.compiler.is_exporting() else attend
+    output, total, slots, weights = read(asked, keys, values, memory.total, topk, bias)
     ages = (memory.total[:, None, None, None] - 1 - slots) % max(held, 1)
     none = torch.arange(slots.shape[-1], device=slots.device) >= memory.held()[:, None, None, None]
     return Retrieved(output, total, weights, ages.masked_fill(none, -1))

@@ -60,7 +60,9 @@ class PairMemory(Memory):
 
         def written(ring: Tensor, new: Tensor) -> Tensor:
             new = rearrange(new.detach()[:, :, ::shared], "b t h d -> (b h) t d").to(ring.dtype)
-            return _written(ring.detach().flatten(0, 1), totals, new, counts).view(ring.shape)
+            # An exported graph must run without this library.
+            write = append if torch.compiler.is_exporting() else _written
+            return write(ring.detach().flatten(0, 1), totals, new, counts).view(ring.shape)
 
         added = time if lengths is None else lengths
         return type(self)(
