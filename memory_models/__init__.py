@@ -7,6 +7,7 @@ for its rules, which any module can be put to.
 
 from memory_models.checkpoints import CheckpointError, load_memory, load_model, save_memory, save_model
 from memory_models.generate import Step, generate, greedy, sampler
+from memory_models.hub import Pretrained, from_pretrained, push_to_hub, save_pretrained
 from memory_models.lm import LMOutput, MemoryLM
 from memory_models.models import ModelInfo, create, create_lm, info, list_models, models, register
 from memory_models.module import MemoryModule
@@ -29,6 +30,7 @@ __all__ = [
     "MemoryLM",
     "MemoryModule",
     "ModelInfo",
+    "Pretrained",
     "Registry",
     "Replay",
     "Ring",
@@ -40,6 +42,7 @@ __all__ = [
     "collect_stats",
     "create",
     "create_lm",
+    "from_pretrained",
     "generate",
     "greedy",
     "info",
@@ -49,11 +52,13 @@ __all__ = [
     "memory_replay",
     "memory_state",
     "models",
+    "push_to_hub",
     "record",
     "register",
     "sampler",
     "save_memory",
     "save_model",
+    "save_pretrained",
     "static",
     "unroll",
 ]

@@ -133,7 +133,8 @@ def load_memory(path: str | os.PathLike[str], like: M) -> M:
         raise CheckpointError(f"{path} comes from a model with other options (its fixed fields differ)")
     _check_tensors(path, leaves, tensors, rows_may_differ=True)
     _, structure = pytree.tree_flatten(like)
-    return pytree.tree_unflatten([tensors[name] for name in leaves], structure)
+    # Copies, as of a model's weights.
+    return pytree.tree_unflatten([tensors[name].clone() for name in leaves], structure)
 
 
 def library_version() -> str:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memory_models.hub import Pretrained
 from memory_models.module import MemoryModule
 from memory_models.state import Memory
 from memory_models.stats import collect_stats
@@ -31,7 +32,7 @@ class LMOutput(NamedTuple):
     stats: dict[str, Tensor]
 
 
-class MemoryLM(nn.Module):
+class MemoryLM(Pretrained, nn.Module):
     """Token embedding, a memory module, and a head over the vocabulary.
 
     Args:

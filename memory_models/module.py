@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from memory_models.hub import Pretrained
 from memory_models.state import Memory
 
 M = TypeVar("M", bound=Memory)
 
 
-class MemoryModule(nn.Module, Generic[M]):
+class MemoryModule(Pretrained, nn.Module, Generic[M]):
     """A network over embeddings that carries a memory from segment to segment.
 
     Attributes:

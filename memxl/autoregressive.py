@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from memxl.classic import ClassicMemory, MemoryTransformerXL
+from memxl.classic_loss import linear_cross_entropy
 
 __all__ = ["AutoregressiveWrapper", "SegmentLoss", "top_k", "top_p"]
 
@@ -136,15 +137,23 @@ class AutoregressiveWrapper(nn.Module):
             time = slice(begin, begin + self.seq_len)
             truncate = truncate_every is not None and number % truncate_every == 0
             for index, part in enumerate(parts):
-                logits, carried[index] = self.net(
+                x, carried[index] = self.net.features(
                     inputs[part, time],
                     memories=carried[index],
                     mask=None if mask is None else mask[part, time],
                     detach_lmem=truncate,
                 )
-                loss = _mean_loss(logits, targets[part, time], self.ignore_index)
-                del logits
+                loss = self._mean_loss(x.flatten(0, 1), targets[part, time].flatten())
+                del x
                 yield SegmentLoss(loss, index == len(parts) - 1)
+
+    def _mean_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        head = self.net.to_logits
+        # An adapter or a quantised map put in its place is more than its weight.
+        if type(head) is nn.Linear:
+            return linear_cross_entropy(x, head.weight, head.bias, targets, ignore_index=self.ignore_index)
+        total = F.cross_entropy(head(x), targets, ignore_index=self.ignore_index, reduction="sum")
+        return total / (targets != self.ignore_index).sum().clamp(min=1)
 
     @torch.no_grad()
     def generate(
@@ -246,11 +255,3 @@ class AutoregressiveWrapper(nn.Module):
             found.append(token)
             pieces.append(token)
         return torch.cat(found, 1) if found else prompt[:, :0]
-
-
-def _mean_loss(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    total = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction="sum"
-    )
-    # A part without targets has no loss, rather than zero divided by zero.
-    return total / (targets != ignore_index).sum().clamp(min=1)

@@ -21,7 +21,7 @@ from memxl.classic_memory import (
     may_be_true,
     newest,
 )
-from memxl.classic_writer import WRITE_HEADS, ClassicWriter
+from memxl.classic_writer import WRITE_HEADS, ClassicWriter, copied_weights, keep_weights
 from memxl.gates import make_gate
 
 __all__ = ["ClassicMemory", "MemoryTransformerXL", "Segment"]
@@ -157,10 +157,24 @@ class MemoryTransformerXL(nn.Module):
             TypeError: if a dtype is wrong.
             ValueError: if shapes disagree or the segment is longer than `seq_len`.
         """
+        y, memory = self.features(x, memories, mask, detach_lmem)
+        return self.to_logits(y), memory
+
+    def features(
+        self,
+        x: Tensor,
+        memories: ClassicMemory | GivenMemories | None = None,
+        mask: Tensor | None = None,
+        detach_lmem: bool = False,
+    ) -> tuple[Tensor, ClassicMemory]:
+        """The same as `forward` up to what `to_logits` maps to logits: `[batch, time, emb_dim]`.
+
+        For a loss that does without a tensor of logits; arguments and errors are those of `forward`.
+        """
         self._check_tokens(x, mask)
         memory = self._memories(memories, x.shape[0])
         if x.shape[1] == 0:
-            return self._logits(self.from_embedding(self.embed(x))), memory
+            return self.to_embedding(self.from_embedding(self.embed(x))), memory
         lengths = back = None
         if mask is not None and may_be_true(~mask):
             # Real tokens move to the front: then no token can see padding, and distances count tokens.
@@ -169,12 +183,12 @@ class MemoryTransformerXL(nn.Module):
             x = x.gather(1, order)
         y, segment = self._walk(x, self.open(memory))
         hiddens = segment.hiddens
-        # Logits are the largest tensor by far; keys and values need not be there beside them.
+        # Keys and values need not be there beside the logits, the largest tensor by far.
         del segment
         memory = self._write(memory, hiddens, lengths, detach_lmem)
         if back is not None:
             y = y.gather(1, back[..., None].expand_as(y))
-        return self._logits(y), memory
+        return self.to_embedding(y), memory
 
     def init_memories(self, batch_size: int) -> ClassicMemory:
         """Memories of `batch_size` rows that hold nothing."""
@@ -251,21 +265,21 @@ class MemoryTransformerXL(nn.Module):
         if lengths is not None:
             absent = absent | (steps >= held + lengths[:, None])
         if self.lmem_len:
+            before = long
             if long.shape[1] == 0:
                 long = queue.new_zeros(queue.shape[1], self.lmem_len, self.dim)
             if detach_lmem:
                 long = long.detach()
-            written = self._call_writer(long, queue, absent if may_be_true(absent) else None)
+            # The published loop steps its optimiser between segments that one graph connects. A write keeps
+            # the weights that it was done with, which autograd would otherwise find changed.
+            weights = copied_weights(self.writer, before) if torch.is_grad_enabled() else {}
+            written = functional_call(
+                self.writer, weights, (long, queue, absent if may_be_true(absent) else None)
+            )
             long = written if lengths is None else torch.where(lengths[:, None, None] > 0, written, long)
+            if weights:
+                keep_weights(long, weights)
         return ClassicMemory(newest(queue, held, lengths, self.mem_len), long)
-
-    def _call_writer(self, long: Tensor, queue: Tensor, absent: Tensor | None) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self.writer(long, queue, absent)
-        # The published loop steps its optimiser between segments that one graph connects. A write keeps the
-        # weights that it was done with, which autograd would otherwise find changed.
-        weights = {name: weight.clone() for name, weight in self.writer.named_parameters()}
-        return functional_call(self.writer, weights, (long, queue, absent))
 
     def _logits(self, y: Tensor) -> Tensor:
         return self.to_logits(self.to_embedding(y))

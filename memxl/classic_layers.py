@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from memxl.classic_recompute import attend, linear_of_gelu
+
 
 class Context(NamedTuple):
     """Keys and values that one layer reads beside those of new tokens.
@@ -31,27 +33,6 @@ class Context(NamedTuple):
 def empty_slots(memory: Tensor) -> Tensor:
     """Where a memory `[..., slots, dim]` holds nothing, that is all zeros: bool `[..., slots]`."""
     return (memory == 0).all(-1)
-
-
-def position_scores(queries: Tensor, table: Tensor, tokens: int) -> Tensor:
-    """Each query's product with the row of each token's distance, in one product and no copy.
-
-    Args:
-        queries: `[b, h, t, d]`, the last `t` of `tokens` tokens.
-        table: `[h, distances, d]`, the row of distance 0 last.
-        tokens: how many tokens there are, at most as many as distances.
-
-    Returns:
-        `[b, h, t, tokens]`; anything where a token lies after the query.
-    """
-    batch, heads, time, _ = queries.shape
-    # Of the table's last `tokens` rows, query i meets token j at row j + (t - 1 - i). In products one longer
-    # than that (with a row that is read for no token) the next query's begin exactly where the shift wants
-    # them, so that reading on across the queries is the shift.
-    missing = max(0, tokens + 1 - table.shape[1])
-    rows = F.pad(table, (0, 0, missing, 0)) if missing else table[:, table.shape[1] - tokens - 1 :]
-    products = queries @ rows.transpose(-1, -2)
-    return products.flatten(-2)[..., time:].view(batch, heads, time, tokens)
 
 
 class ClassicAttention(nn.Module):
@@ -120,10 +101,15 @@ class ClassicAttention(nn.Module):
             None if context.absent is None else F.pad(context.absent, (0, time), value=False),
         )
         queries = self._heads(self.to_queries(x)) * self.dim_head**-0.5
-        placed = position_scores(queries, table.to(x.dtype), context.tokens)
-        bias = F.pad(placed, (context.keys.shape[2] - context.tokens, 0))
-        bias += _blocked(context, time, x.dtype)
-        attended = _attend(queries, context, bias, self.attn_dropout if self.training else 0.0)
+        attended = attend(
+            queries,
+            context.keys,
+            context.values,
+            table.to(queries.dtype),
+            tokens=context.tokens,
+            absent=context.absent,
+            dropout=self.attn_dropout if self.training else 0.0,
+        )
         return self.dropout(self.to_out(rearrange(attended, "b h t d -> b t (h d)"))), context
 
     def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,35 +118,6 @@ class ClassicAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (h d) -> b h n d", d=self.dim_head)
-
-
-def _attend(queries: Tensor, context: Context, bias: Tensor, dropout: float) -> Tensor:
-    """Softmax attention `[b, h, t, d]` of scaled queries, `bias` `[b, h, t, n]` added to the scores."""
-    keys, values = context.keys, context.values
-    if bias.requires_grad and bias.device.type == "cpu":
-        # PyTorch has no fused kernel here for a bias with a gradient, and its plain one keeps far more.
-        scores = queries @ keys.transpose(-1, -2)
-        scores += bias
-        return F.dropout(scores.softmax(-1), dropout) @ values
-    heads = queries.shape[1]
-    return F.scaled_dot_product_attention(
-        queries,
-        keys.expand(-1, heads, -1, -1),
-        values.expand(-1, heads, -1, -1),
-        attn_mask=bias,
-        dropout_p=dropout,
-        scale=1.0,
-    )
-
-
-def _blocked(context: Context, time: int, dtype: torch.dtype) -> Tensor:
-    """What to add to the scores: minus infinity at later tokens and where a row has nothing."""
-    keys = context.keys.shape[2]
-    blocked = torch.full((time, keys), -torch.inf, device=context.keys.device, dtype=dtype)
-    blocked = blocked.triu(keys - time + 1)
-    if context.absent is None:
-        return blocked
-    return blocked.masked_fill(context.absent[:, None, None], -torch.inf)
 
 
 class ClassicFeedForward(nn.Module):
@@ -178,7 +135,10 @@ class ClassicFeedForward(nn.Module):
         if self.glu:
             gate, value = self.to_inner(x).chunk(2, -1)
             return self.to_out(self.dropout(F.gelu(gate) * value))
-        return self.to_out(self.dropout(F.gelu(self.to_inner(x))))
+        # An adapter or a quantised map put in its place is more than its weight.
+        if (self.training and self.dropout.p) or type(self.to_out) is not nn.Linear:
+            return self.to_out(self.dropout(F.gelu(self.to_inner(x))))
+        return linear_of_gelu(self.to_inner(x), self.to_out.weight, self.to_out.bias)
 
 
 class ClassicBlock(nn.Module):

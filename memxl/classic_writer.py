@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from memxl.classic_layers import empty_slots, uniform
 from memxl.gates import NBRCGate
@@ -87,4 +88,46 @@ def _summary(pairs: Tensor) -> tuple[Tensor, Tensor]:
         `[b, h, d, d]`, and that softmax's log-sum-exp `[b, h, d]`.
     """
     keys, values = (rearrange(part, "b n (h d) -> b h n d", h=WRITE_HEADS) for part in pairs.chunk(2, -1))
-    return keys.softmax(-2).transpose(-1, -2) @ values, keys.logsumexp(-2)
+    # One exponential serves both; its gradient does not depend on what was subtracted before.
+    largest = keys.detach().amax(-2, keepdim=True)
+    weights = (keys - largest).exp()
+    total = weights.sum(-2)
+    means = weights.transpose(-1, -2) @ values / total[..., None]
+    return means, total.log() + largest.squeeze(-2)
+
+
+# What each long memory was written with, for as long as it lives.
+_WRITTEN_WITH = WeakTensorKeyDictionary()
+
+
+def keep_weights(long: Tensor, weights: dict[str, Tensor]) -> None:
+    """Remember that `long` was written with the copies `weights`."""
+    if not torch.compiler.is_compiling():
+        _WRITTEN_WITH[long] = weights
+
+
+def copied_weights(writer: ClassicWriter, long: Tensor) -> dict[str, Tensor]:
+    """Differentiable copies of the writer's parameters, by name.
+
+    They are those that `long` was written with while the parameters still have their values, so that the
+    segments of one graph share them; on a GPU, where comparing values would wait for it, always new ones.
+    """
+    parameters = dict(writer.named_parameters())
+    if not torch.compiler.is_compiling() and long.device.type == "cpu":
+        kept = _WRITTEN_WITH.get(long)
+        if kept is not None and all(_is_copy(kept[name], weight) for name, weight in parameters.items()):
+            return kept
+    return {name: weight.clone() for name, weight in parameters.items()}
+
+
+def _is_copy(copy: Tensor, weight: Tensor) -> bool:
+    same_graph = copy.requires_grad == weight.requires_grad and (
+        not copy.requires_grad or _leaf(copy) is weight
+    )
+    return same_graph and copy.dtype == weight.dtype and torch.equal(copy, weight)
+
+
+def _leaf(copy: Tensor) -> Tensor | None:
+    """The parameter that a clone hands its gradient to."""
+    node = copy.grad_fn.next_functions[0][0] if copy.grad_fn is not None else None
+    return getattr(node, "variable", None)

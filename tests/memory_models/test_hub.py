@@ -228,3 +228,13 @@ def test_registered_names_have_no_colon() -> None:
     # What `trust_classes` tells apart.
     assert not [name for name in models.names() if ":" in name]
     assert "from_pretrained" in memory_models.__all__
+
+
+@pytest.mark.parametrize("name", ["htm", "gru"])
+def test_a_bare_member_has_the_methods_too(tmp_path: Path, name: str) -> None:
+    model = small(name)
+    model.save_pretrained(tmp_path / "model")
+    again = type(model).from_pretrained(tmp_path / "model")
+    assert type(again) is type(model)
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)

@@ -1,0 +1,1 @@
+"""Train one member on your own text and go on from it: `memory-bench train` and `memory-bench generate`."""
