@@ -10,7 +10,7 @@ PEERS_READY := $(PEERS)/.ready
 # The environment variable, unlike -c, also pins what builds the package.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: help setup compare smoke speed peers test test-all lint format wheel clean
+.PHONY: help setup compare study smoke speed peers test test-all lint format wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,9 +23,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-compare: $(READY)  ## train and compare every member on recall, then on text (about 8 minutes on two cores)
+compare: $(READY)  ## train and compare every member on recall, then on text (about 12 minutes on two cores)
 	$(BIN)/memory-bench compare --task recall
 	$(BIN)/memory-bench compare --task text
+
+study: $(READY)  ## the full published comparison (hours; goes on where it was stopped)
+	$(BIN)/memory-bench study
 
 smoke: $(READY)  ## the same command in seconds, to see that everything runs
 	$(BIN)/memory-bench compare --task recall --out results/smoke/recall --smoke

@@ -1,4 +1,4 @@
-"""The command `memory-bench`: list, run, compare, sweep, report, cost, speed."""
+"""The command `memory-bench`: list, run, compare, sweep, report, study, cost, speed, train, generate."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if TYPE_CHECKING:
     from benchmarks.settings import RunSpec
     from benchmarks.summary import Comparison
+    from benchmarks.sweep_summary import Sweep as SweepOfRuns
     from benchmarks.train import Progress
 
 EXIT_OK, EXIT_FAILED_RUN, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -95,6 +96,22 @@ class Compare(_Common):
     """Seeds; three or more give intervals."""
     jobs: int = 2
     """Runs at once, each a process with one thread."""
+    on: Literal["local", "ray"] = "local"
+    """Where: processes here, or tasks of Ray, which is started here unless RAY_ADDRESS names a cluster."""
+    match: Literal["params", "state"] | None = None
+    """Give all models equally many parameters, or equally large memories, by a search over a width."""
+    match_to: str | None = None
+    """Model, or number, that the others shall match; default the smallest (state: the smallest family's)."""
+    tune: tuple[float, ...] = ()
+    """Learning rates to try for every model before its reported runs; the best is taken."""
+    tune_seed: int = 1000
+    """Seed of the runs that try them; they are not reported."""
+    tune_steps: int | None = None
+    """Their optimiser steps; default as many as in a reported run."""
+    extrapolate: tuple[int, ...] = ()
+    """Evaluate the trained models on sequences of so many times the segments too, as in 2 4 8 16."""
+    interval: Literal["bootstrap", "t"] = "bootstrap"
+    """95 % interval to show: percentile bootstrap over the seeds, or Student's t."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +128,8 @@ class Sweep(_Common):
     """Seeds; three or more give intervals."""
     jobs: int = 2
     """Runs at once, each a process with one thread."""
+    interval: Literal["bootstrap", "t"] = "bootstrap"
+    """95 % interval to show: percentile bootstrap over the seeds, or Student's t."""
     out: Path | None = None
     """Folder for the results; default results/sweep/TASK-MODEL-OPTIONS. That of a comparison shares runs."""
 
@@ -129,6 +148,34 @@ class Report:
     """Folder of the results, such as results/recall."""
     out: Path | None = None
     """Folder to write to; default the folder of the results."""
+    interval: Literal["bootstrap", "t"] = "bootstrap"
+    """95 % interval to show: percentile bootstrap over the seeds, or Student's t."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """The whole published comparison: tasks, sweeps, lengths, costs. Hours; stopped and gone on at will."""
+
+    only: tuple[str, ...] = ()
+    """Parts to do, by name; default all of them."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of every run."""
+    steps_scale: float = 1.0
+    """Share of the usual optimiser steps, for a quick look; what it finds is not comparable."""
+    jobs: int = 2
+    """Runs at once, each a process with one thread."""
+    on: Literal["local", "ray"] = "local"
+    """Where: processes here, or tasks of Ray."""
+    smoke: bool = False
+    """Tiny sizes and few steps, to see that everything runs."""
+    list: bool = False
+    """Only say which parts there are, and with which commands."""
+    work: Path = Path("results/study")
+    """Folder for the runs, with weights and checkpoints."""
+    publish: Path = Path("benchmarks/results")
+    """Folder for what is published: tables, pictures and results.jsonl of each part."""
+    document: Path = Path("docs/RESULTS.md")
+    """Document whose tables, between its markers, are written anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +188,31 @@ class Speed:
     """Time our modules against the published packages (memory-bench speed --help tells more)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train one model on your own text (memory-bench train --help tells more)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Go on from a prompt with a trained model (memory-bench generate --help tells more)."""
+
+
+_APART = {
+    "cost": "benchmarks.cost.command",
+    "speed": "benchmarks.speed.command",
+    "train": "benchmarks.training.command",
+    "generate": "benchmarks.training.generate_command",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 1 if a run failed, 2 for wrong use, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    if words[:1] in (["cost"], ["speed"]):
+    if words and words[0] in _APART:
         # They have options of their own; only here are they looked at.
-        return importlib.import_module(f"benchmarks.{words[0]}.command").main(words[1:]) or EXIT_OK
+        return importlib.import_module(_APART[words[0]]).main(words[1:]) or EXIT_OK
     # Without the pairs, a flag is --smoke and nothing else.
     command: Any = tyro.cli(
         _commands(),
@@ -240,30 +305,79 @@ def run_command(command: Run, words: Sequence[str]) -> int:
 
 
 def compare_command(command: Compare, words: Sequence[str]) -> int:
-    """Several runs, then the report."""
+    """The same terms for all, several runs, then the report."""
     from benchmarks.compare import InterruptedComparison, compare, write_comparison
+    from benchmarks.extrapolation import longer_points, to_json
+    from benchmarks.fanout import launcher
     from benchmarks.progress import display_for
     from benchmarks.results import FINISHED, Results
+    from benchmarks.settings import plan
+    from benchmarks.terms import Terms, make_equal, tune
 
     # Before the work, not after it: a plot that cannot be drawn is no way to end an hour's training.
     importlib.import_module("benchmarks.plots")
-    specs = _plan(command, _models(command.models), command.seeds)
+    if command.tune and command.tune_seed in command.seeds:
+        raise UsageError(f"--tune-seed {command.tune_seed} is reported too; choose another")
+    models = _models(command.models)
+    # What is wrong with the settings is best said first.
+    _plan(command, models, command.seeds)
     results = Results(command.folder())
-    write_comparison(specs, results, shlex.join(["memory-bench", *words]))
-    try:
-        records = compare(
+    planned: list[RunSpec] = []
+
+    def do(specs: Sequence[RunSpec]) -> list[Any]:
+        planned.extend(spec for spec in specs if spec not in planned)
+        return compare(
             specs,
             results,
             jobs=command.jobs,
             display=display_for(),
             checkpoint_seconds=command.checkpoint_seconds,
+            launch=launch,
         )
-    except InterruptedComparison:
-        latest = results.latest()
-        done = sum(latest.get(spec.id, {}).get("status") == FINISHED for spec in specs)
-        _say_how_to_go_on(f"Stopped; {done} of {len(specs)} runs are finished, the others saved.", words)
-        return EXIT_INTERRUPTED
-    _report(results.folder, results.folder)
+
+    with launcher(command.on, command.jobs) as launch:
+        try:
+            with _wrong_use():
+                terms = Terms.of(command.task, models, command.assignments(), smoke=command.smoke)
+                if command.extrapolate:
+                    terms = terms.with_room(command.extrapolate)
+                if command.match:
+                    terms = make_equal(terms, command.match, to=command.match_to)
+                if command.tune:
+                    terms = tune(
+                        terms,
+                        results,
+                        do,
+                        grid=command.tune,
+                        seed=command.tune_seed,
+                        steps=command.tune_steps,
+                    )
+                specs = [
+                    plan(model, command.task, seed, smoke=command.smoke, assignments=terms.assignments[model])
+                    for model in models
+                    for seed in dict.fromkeys(command.seeds)
+                ]
+                points = longer_points(specs, command.extrapolate) if command.extrapolate else []
+            write_comparison(
+                specs,
+                results,
+                shlex.join(["memory-bench", *words]),
+                match=terms.match,
+                tuning=terms.tuning,
+                longer=to_json(points),
+            )
+            records = do(specs)
+            trained = {record["id"] for record in records if record["status"] == FINISHED}
+            able = [p.spec for p in points if p.spec.trained is not None and p.spec.trained.id in trained]
+            records += do(able) if able else []
+        except InterruptedComparison:
+            latest = results.latest()
+            done = sum(latest.get(spec.id, {}).get("status") == FINISHED for spec in planned)
+            _say_how_to_go_on(
+                f"Stopped; {done} of {len(planned)} runs are finished, the others saved.", words
+            )
+            return EXIT_INTERRUPTED
+    _report(results.folder, results.folder, command.interval)
     return EXIT_OK if all(record["status"] == FINISHED for record in records) else EXIT_FAILED_RUN
 
 
@@ -302,7 +416,7 @@ def sweep_command(command: Sweep, words: Sequence[str]) -> int:
         done = sum(latest.get(spec.id, {}).get("status") == FINISHED for spec in specs)
         _say_how_to_go_on(f"Stopped; {done} of {len(specs)} runs are finished, the others saved.", words)
         return EXIT_INTERRUPTED
-    _report_sweep(results.folder, results.folder)
+    _report_sweep(results.folder, results.folder, command.interval)
     well = len(records) == len(specs) and all(record["status"] == FINISHED for record in records)
     return EXIT_OK if well else EXIT_FAILED_RUN
 
@@ -313,10 +427,36 @@ def report_command(command: Report, words: Sequence[str]) -> int:
 
     results, out = Results(command.folder), command.out or command.folder
     if results.sweep.exists():
-        _report_sweep(results.folder, out)
+        _report_sweep(results.folder, out, command.interval)
     if results.comparison.exists() or not results.sweep.exists():
-        _report(results.folder, out)
+        _report(results.folder, out, command.interval)
     return EXIT_OK
+
+
+def study_command(command: Study, words: Sequence[str]) -> int:
+    """Every part of the published comparison that is not done, then the document."""
+    from benchmarks.study import parts, run_study
+
+    with _wrong_use():
+        chosen = parts(
+            only=command.only,
+            seeds=command.seeds,
+            jobs=command.jobs,
+            on=command.on,
+            smoke=command.smoke,
+            steps_scale=command.steps_scale,
+            work=command.work,
+        )
+    if command.list:
+        for part in chosen:
+            print(f"{part.name}: {part.title}")
+            for line in part.commands:
+                print(f"  {shlex.join(['memory-bench', *line])}")
+        return EXIT_OK
+    code = run_study(chosen, main, publish=command.publish, document=command.document)
+    if code == EXIT_INTERRUPTED:
+        _say_how_to_go_on("The study stopped.", words)
+    return code
 
 
 def _commands() -> Any:
@@ -326,8 +466,11 @@ def _commands() -> Any:
         "compare": Compare,
         "sweep": Sweep,
         "report": Report,
+        "study": Study,
         "cost": Cost,
         "speed": Speed,
+        "train": Train,
+        "generate": Generate,
     }
     kinds = [Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in named.items()]
     return functools.reduce(operator.or_, kinds)
@@ -339,6 +482,7 @@ _ACTIONS: dict[type, Any] = {
     Compare: compare_command,
     Sweep: sweep_command,
     Report: report_command,
+    Study: study_command,
 }
 
 
@@ -377,12 +521,12 @@ def _models(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _report(folder: Path, out: Path) -> None:
+def _report(folder: Path, out: Path, interval: str) -> None:
     from benchmarks.report import write_report
     from benchmarks.summary import NothingToReportError, load
 
     try:
-        comparison = load(folder)
+        comparison = load(folder, interval=interval)
     except NothingToReportError as error:
         raise UsageError(error) from error
     files = write_report(comparison, out)
@@ -390,14 +534,14 @@ def _report(folder: Path, out: Path) -> None:
     print("written: " + ", ".join(str(path) for path in files))
 
 
-def _report_sweep(folder: Path, out: Path) -> None:
+def _report_sweep(folder: Path, out: Path, interval: str) -> None:
     from benchmarks.report import main_metrics
     from benchmarks.summary import NothingToReportError
     from benchmarks.sweep_report import sweep_table, write_sweep_report
     from benchmarks.sweep_summary import load_sweep
 
     try:
-        sweep = load_sweep(folder)
+        sweep = _with_interval(load_sweep(folder), interval)
     except NothingToReportError as error:
         raise UsageError(error) from error
     files = write_sweep_report(sweep, out)
@@ -405,6 +549,16 @@ def _report_sweep(folder: Path, out: Path) -> None:
     _print_tables(functools.partial(sweep_table, sweep), main_metrics(sweep.runs), sweep.title, bad)
     _print_failures(sweep.runs)
     print("written: " + ", ".join(str(path) for path in files))
+
+
+def _with_interval(sweep: SweepOfRuns, interval: str) -> SweepOfRuns:
+    from benchmarks.summary import with_interval
+
+    lines = [
+        dataclasses.replace(line, row=dataclasses.replace(line.row, interval=interval))
+        for line in sweep.lines
+    ]
+    return dataclasses.replace(sweep, lines=tuple(lines), runs=with_interval(sweep.runs, interval))
 
 
 def _show(comparison: Comparison) -> None:
@@ -430,7 +584,8 @@ def _print_tables(
 
     console = _console()
     parts = [make(metrics=metrics, costs=True)]
-    if sum(len(name) + 3 for name in parts[0][0]) > console.width:
+    widths = [max(map(len, column)) for column in zip(*parts[0], strict=True)]
+    if sum(widths) + 3 * len(widths) > console.width:
         # Two tables that fit rather than one that folds every cell.
         parts = [make(metrics=part, costs=not part) for part in (metrics, [])]
     for header, *body in parts:

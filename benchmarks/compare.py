@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from benchmarks.progress import Display
 from benchmarks.results import FAILED, FINISHED, Record, Results, read_json, write_json
@@ -39,12 +39,51 @@ class InterruptedComparison(Exception):
     """The user stopped the comparison; finished runs are kept, the others have saved themselves."""
 
 
+class Process(Protocol):
+    """A worker at work, here or elsewhere; as `subprocess.Popen`."""
+
+    @property
+    def returncode(self) -> int | Any:
+        """How it ended: an exit code, or minus the number of the signal that killed it."""
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it works."""
+
+    def terminate(self) -> None:
+        """Ask it to save itself and to end."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until it has ended; raises `subprocess.TimeoutExpired`."""
+
+
+Launch = Callable[[Sequence[str], Mapping[str, str], IO[bytes]], Process]
+"""Starts a worker, given its arguments FOLDER, ID and SECONDS, variables of the environment, and a file for
+what it says."""
+
+
+def launch_here(arguments: Sequence[str], environment: Mapping[str, str], log: IO[bytes]) -> Process:
+    """A worker on this machine."""
+    folder, identity, seconds = arguments
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.worker", folder, identity, str(os.getpid()), seconds],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env={**os.environ, **environment},
+        # A terminal sends Ctrl-C to everybody; the workers shall hear it from us only.
+        start_new_session=True,
+    )
+
+
 @dataclass
 class Job:
     """A run and the process that does it."""
 
     spec: RunSpec
-    process: subprocess.Popen[bytes]
+    process: Process
     log: IO[bytes]
     started: float = field(default_factory=time.monotonic)
     progress: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +112,7 @@ def compare(
     display: Display,
     checkpoint_seconds: float = 20.0,
     names: Mapping[str, str] = MappingProxyType({}),
+    launch: Launch = launch_here,
 ) -> list[Record]:
     """Do all runs that are not finished, the longest first.
 
@@ -83,6 +123,7 @@ def compare(
         display: told of everything that happens.
         checkpoint_seconds: how much work an interruption may cost.
         names: by run id, what to call a run where model and seed do not tell it from the others.
+        launch: starts the worker of a run.
 
     Returns:
         The last line of every run, in the order of `specs`.
@@ -104,7 +145,7 @@ def compare(
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    job = _start(waiting.pop(0), results, checkpoint_seconds)
+                    job = _start(waiting.pop(0), results, checkpoint_seconds, launch)
                     job.name = names.get(job.spec.id, "")
                     running.append(job)
                     display.job_started(job.title)
@@ -130,13 +171,31 @@ def compare(
     return [after[spec.id] for spec in specs]
 
 
-def write_comparison(specs: Sequence[RunSpec], results: Results, command: str) -> None:
-    """Note which runs belong together, for the report."""
+def write_comparison(
+    specs: Sequence[RunSpec],
+    results: Results,
+    command: str,
+    *,
+    match: Mapping[str, Any] | None = None,
+    tuning: Mapping[str, Any] | None = None,
+    longer: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Note which runs belong together, and on what terms, for the report."""
     runs = [{"id": spec.id, "model": spec.model, "seed": spec.seed} for spec in specs]
-    write_json(results.comparison, {"task": specs[0].task, "command": command, "runs": runs})
+    write_json(
+        results.comparison,
+        {
+            "task": specs[0].task,
+            "command": command,
+            "runs": runs,
+            "match": match,
+            "tuning": tuning,
+            "longer": list(longer),
+        },
+    )
 
 
-def _start(spec: RunSpec, results: Results, checkpoint_seconds: float) -> Job:
+def _start(spec: RunSpec, results: Results, checkpoint_seconds: float, launch: Launch) -> Job:
     folder = results.run_folder(spec.id)
     try:
         write_json(folder / "spec.json", spec.to_json())
@@ -144,18 +203,11 @@ def _start(spec: RunSpec, results: Results, checkpoint_seconds: float) -> Job:
         log = (folder / LOG).open("wb")
     except OSError as error:
         raise CannotWriteError(f"cannot write {folder}: {error.strerror or error}") from error
-    command = [sys.executable, "-m", "benchmarks.worker"]
     threads = str(spec.train.threads)
-    environment = {**_ALLOCATOR, **os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    process = subprocess.Popen(
-        [*command, str(results.folder), spec.id, str(os.getpid()), str(checkpoint_seconds)],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        env=environment,
-        # A terminal sends Ctrl-C to everybody; the workers shall hear it from us only.
-        start_new_session=True,
-    )
+    # What the user has set of the allocator's variables stands.
+    allocator = {name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()}
+    environment = {**allocator, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    process = launch([str(results.folder), spec.id, str(checkpoint_seconds)], environment, log)
     return Job(spec=spec, process=process, log=log)
 
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TEMPLATE = Path(__file__).with_name("templates") / "report.html"
-_NUMBER = re.compile(r"^[−-]?\d[\d.,]*(e[+-]?\d+)?( ?[A-Za-z%×]{1,3})?( ± [\d.]+)?$|^–?$")
+_NUMBER = re.compile(
+    r"^[−-]?\d[\d.,]*(e[+-]?\d+)?( ?[A-Za-z%×]{1,3})?( ± [\d.]+| \[−?[\d.]+ −?[\d.]+\])?$|^–?$"
+)
 
 
 @dataclass(frozen=True)

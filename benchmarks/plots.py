@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
 from benchmarks.results import write_atomically
-from benchmarks.summary import Comparison, Row, point, title
+from benchmarks.summary import Comparison, Figure, Row, point, title
 
 # One colour for each member, the same in every picture of every report.
 COLOURS = {
@@ -95,10 +95,7 @@ def by_distance(comparison: Comparison, name: str, metrics: Sequence[Mapping[str
         look = _look(comparison, row)
         x = [place + beside for place in places]
         axes.plot(x, values, **look)
-        low = [v - (f.half_width or 0) if f else math.nan for v, f in zip(values, figures, strict=True)]
-        high = [v + (f.half_width or 0) if f else math.nan for v, f in zip(values, figures, strict=True)]
-        if any(f is not None and f.half_width for f in figures):
-            axes.fill_between(x, low, high, color=look["color"], alpha=0.13, linewidth=0)
+        draw_band(axes, x, figures, look["color"])
         ends.append((row.model, [v for v in values if not math.isnan(v)][-1], look["color"]))
     if not ends:
         return None
@@ -155,7 +152,7 @@ def heat_map(comparison: Comparison, name: str, metrics: Sequence[Mapping[str, A
 
 
 def learning_curves(comparison: Comparison) -> Canvas | None:
-    """Training loss and headline score by step, means over the seeds."""
+    """Training loss and headline score by step, means over the seeds with their interval as a band."""
     canvas = Canvas(figsize=(11.5, 4.4), dpi=130, layout="constrained")
     left, right = canvas.subplots(1, 2)
     for axes, key, label in (
@@ -164,23 +161,26 @@ def learning_curves(comparison: Comparison) -> Canvas | None:
     ):
         ends = []
         for row in _drawn(comparison):
-            steps, values = _mean_curve(row, key)
+            steps, figures = _curve(row, key)
             if not steps:
                 continue
             look = _look(comparison, row)
             if key == "loss":
                 look |= {"marker": ""}
-            axes.plot(steps, values, **look)
-            ends.append((row.model, values[-1], look["color"]))
+            axes.plot(steps, [figure.mean for figure in figures], **look)
+            draw_band(axes, steps, figures, look["color"])
+            ends.append((row.model, figures[-1].mean, look["color"]))
         axes.set_xlabel("optimiser step")
         axes.set_title(label)
+        if axes is right:
+            # Before the labels are placed, for these change the scale.
+            headline = next(m for m in comparison.facts["metrics"] if m["name"] == comparison.headline)
+            reference(right, comparison, [headline], right.get_xlim())
+            if headline["unit"] == "accuracy":
+                right.set_ylim(-0.03, 1.04)
         label_ends(axes, ends)
     if not left.lines:
         return None
-    headline = next(m for m in comparison.facts["metrics"] if m["name"] == comparison.headline)
-    reference(right, comparison, [headline], right.get_xlim())
-    if headline["unit"] == "accuracy":
-        right.set_ylim(-0.03, 1.04)
     canvas.suptitle(f"{comparison.task}: learning", x=0.01, ha="left", fontweight="bold")
     return canvas
 
@@ -241,7 +241,11 @@ def _quality_against(
         if score is None:
             continue
         look = _look(comparison, row) | {"linestyle": "", "markersize": 9}
-        axes.errorbar([places[row.model]], [score.mean], yerr=score.half_width, capsize=3, **look)
+        ends = score.bounds or (score.mean, score.mean)
+        # Rounding may put the mean outside the range of its own values.
+        bars = [[max(score.mean - ends[0], 0.0)], [max(ends[1] - score.mean, 0.0)]]
+        shown = bars if score.bounds else None
+        axes.errorbar([places[row.model]], [score.mean], yerr=shown, capsize=3, **look)
         points.append((row.model, places[row.model], score.mean, look["color"]))
     if not points:
         return None
@@ -263,6 +267,11 @@ def _drawn(comparison: Comparison) -> list[Row]:
     return sorted((row for row in comparison.rows if row.finished), key=lambda row: not row.control)
 
 
+def look_of(comparison: Comparison, row: Row) -> dict[str, Any]:
+    """How the lines of a model look, the same in every picture."""
+    return _look(comparison, row)
+
+
 def _look(comparison: Comparison, row: Row) -> dict[str, Any]:
     names = sorted(r.model for r in comparison.rows if r.model not in COLOURS)
     colour = COLOURS.get(row.model)
@@ -280,14 +289,30 @@ def _look(comparison: Comparison, row: Row) -> dict[str, Any]:
     }
 
 
-def _mean_curve(row: Row, key: str) -> tuple[list[int], list[float]]:
+def _curve(row: Row, key: str) -> tuple[list[int], list[Figure]]:
+    """Steps that every seed has reached, and the figure over the seeds at each."""
     by_step: dict[int, list[float]] = {}
     for record in row.finished:
         for entry in record["curve"]:
             if entry.get(key) is not None:
                 by_step.setdefault(entry["step"], []).append(entry[key])
-    steps = sorted(step for step, values in by_step.items() if len(values) == len(row.finished))
-    return steps, [sum(by_step[step]) / len(by_step[step]) for step in steps]
+    found = {}
+    for step, values in sorted(by_step.items()):
+        figure = Figure.of(values, interval=row.interval)
+        if len(values) == len(row.finished) and figure is not None:
+            found[step] = figure
+    return list(found), list(found.values())
+
+
+def draw_band(axes: Any, places: Sequence[float], figures: Sequence[Figure | None], colour: str) -> None:
+    """The intervals of a line's points as a band around it; nothing if there are none."""
+    ends = [
+        (math.nan, math.nan) if figure is None else figure.bounds or (figure.mean, figure.mean)
+        for figure in figures
+    ]
+    if any(low < high for low, high in ends):
+        low, high = zip(*ends, strict=True)
+        axes.fill_between(places, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
 def reference(

@@ -21,8 +21,10 @@ from benchmarks.document import (
     as_markdown,
 )
 from benchmarks.findings import warnings
+from benchmarks.longer_report import draw_longer, longer_section
 from benchmarks.results import write_atomically
-from benchmarks.summary import SEEDS_FOR_INTERVAL, Comparison, Figure, point, title
+from benchmarks.summary import BOOTSTRAP, SEEDS_FOR_INTERVAL, Comparison, Figure, point, title
+from benchmarks.terms_report import terms_columns, terms_section
 
 MODES = {
     "none": "every segment starts with a fresh memory",
@@ -43,7 +45,7 @@ def write_report(comparison: Comparison, out: str | Path, *, plots: bool = True)
     if plots and comparison.facts:
         from benchmarks.plots import draw_all
 
-        pictures = draw_all(comparison, out)
+        pictures = [*draw_all(comparison, out), *draw_longer(comparison, out)]
     blocks = document(comparison, pictures)
     return [
         *write_document(blocks, out, "table"),
@@ -77,6 +79,7 @@ def table(comparison: Comparison, *, metrics: Sequence[Mapping[str, Any]], costs
     header = ["model", *(column(metric) for metric in metrics)]
     if costs:
         header += ["drop without memory", "parameters", "state per row", "peak memory", "tokens/s"]
+        header += list(terms := terms_columns(comparison))
     lines = [header]
     for row in comparison.rows:
         cells = [f"{row.model} ({row.status})" if row.status else row.model]
@@ -88,6 +91,7 @@ def table(comparison: Comparison, *, metrics: Sequence[Mapping[str, Any]], costs
                 size(row.figure("state_bytes")),
                 size(row.figure("peak_bytes")),
                 count(row.figure("tokens_per_second")),
+                *(cells_of.get(row.model, "–") for cells_of in terms.values()),
             ]
         lines.append(cells)
     for name, key in ((floor_name(comparison).partition(" (")[0], "floor"), ("chance", "chance")):
@@ -127,6 +131,8 @@ def document(comparison: Comparison, pictures: Sequence[Path] = ()) -> list[Bloc
     ]
     for name, metrics in list(comparison.series().items())[1:]:
         blocks += [Heading(name), Table(table(comparison, metrics=metrics, costs=False))]
+    blocks += longer_section(comparison)
+    blocks += terms_section(comparison)
     if comparison.facts:
         blocks += [Heading("Is the memory used?"), *_memory_section(comparison)]
         blocks += _diagnostics_section(comparison)
@@ -164,7 +170,8 @@ def as_csv(comparison: Comparison) -> str:
         **{f"drop with memory {mode}": ("memory_use", "drop", mode) for mode in MODES},
     }
     columns = ["model", "runs", "finished", "status"]
-    columns += [f"{name}{end}" for name in metrics for end in ("", " ±")]
+    # Both intervals: ± is half of Student's t, low and high are the ends of the bootstrap.
+    columns += [f"{name}{end}" for name in metrics for end in ("", " ±", " low", " high")]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*columns, *costs])
@@ -172,7 +179,10 @@ def as_csv(comparison: Comparison) -> str:
         cells: list[Any] = [row.model, len(row.records), len(row.finished), row.status]
         for name in metrics:
             figure = row.figure("scores", name)
-            cells += ["", ""] if figure is None else [figure.mean, blank(figure.half_width)]
+            if figure is None:
+                cells += [""] * 4
+            else:
+                cells += [figure.mean, blank(figure.half_width), *(figure.bootstrap or ("", ""))]
         for path in costs.values():
             figure = row.figure(*path)
             cells.append("" if figure is None else figure.mean)
@@ -181,7 +191,7 @@ def as_csv(comparison: Comparison) -> str:
         values = comparison.facts.get(key, {})
         cells = [key, "", "", ""]
         for name in metrics:
-            cells += [blank(values.get(name)), ""]
+            cells += [blank(values.get(name)), "", "", ""]
         writer.writerow(cells + [""] * len(costs))
     return text.getvalue()
 
@@ -191,10 +201,17 @@ def number(figure: Figure | None) -> str:
     if figure is None:
         return "–"
     digits = 3 if abs(figure.mean) < 10 else 2
-    # Rounding must not print a minus before zero.
-    text = f"{figure.mean:.{digits}f}"
-    text = text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
+    text = _signed(figure.mean, digits)
+    if figure.interval == BOOTSTRAP and figure.bounds is not None:
+        # It need not be even on both sides.
+        return f"{text} [{' '.join(_signed(end, digits) for end in figure.bounds)}]"
     return text if figure.half_width is None else f"{text} ± {figure.half_width:.{digits}f}"
+
+
+def _signed(value: float, digits: int) -> str:
+    # Rounding must not print a minus before zero.
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
 
 
 def small(figure: Figure | None) -> str:
@@ -263,12 +280,24 @@ def directions(comparison: Comparison, metrics: Sequence[Mapping[str, Any]]) -> 
         )
     seeds = max((len(row.finished) for row in comparison.rows), default=0)
     if seeds >= SEEDS_FOR_INTERVAL:
-        words.append(f"Means over {seeds} seeds with a 95 % interval.")
+        words.append(f"Means over {seeds} seeds with {_interval_in_words(comparison.interval, seeds)}.")
     elif seeds > 1:
         words.append(f"Means over {seeds} seeds.")
     elif seeds == 1:
         words.append("One seed, so small differences may be chance.")
     return " ".join(words)
+
+
+def _interval_in_words(interval: str, seeds: int) -> str:
+    if interval != BOOTSTRAP:
+        return "a 95 % interval (Student's t)"
+    words = "a 95 % interval (percentile bootstrap over the seeds)"
+    if seeds == SEEDS_FOR_INTERVAL:
+        words += (
+            "; of three seeds that is the range from the lowest to the highest, and tells less than 95 % "
+            "sounds: `--interval t` and the CSV have Student's t beside it"
+        )
+    return words
 
 
 def circumstances(comparison: Comparison) -> str:

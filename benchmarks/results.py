@@ -5,6 +5,7 @@ A results folder looks like this:
     results.jsonl            one line of JSON for each run that ended, in order; only ever appended to
     comparison.json          which runs the last comparison consists of
     sweep.json               which runs the last sweep consists of
+    tuning.json              which runs only chose a learning rate
     runs/<id>/spec.json      everything that changes the numbers of the run
     runs/<id>/model          the trained model
     runs/<id>/checkpoint.pt  where to go on after an interruption
@@ -102,6 +103,7 @@ class Results:
         self.lines = self.folder / "results.jsonl"
         self.comparison = self.folder / "comparison.json"
         self.sweep = self.folder / "sweep.json"
+        self.tuning = self.folder / "tuning.json"
 
     def run_folder(self, identity: str) -> Path:
         """Where the run keeps its settings, its checkpoint and its log."""

@@ -203,9 +203,8 @@ def _draw_line(axes: Any, there: Sequence[tuple[float, Figure]], look: Mapping[s
     x, values = [place for place, _ in there], [figure.mean for _, figure in there]
     hollow = how == EVALUATED
     axes.plot(x, values, **_strokes(look, how))
-    if any(figure.half_width for _, figure in there):
-        low = [figure.mean - (figure.half_width or 0) for _, figure in there]
-        high = [figure.mean + (figure.half_width or 0) for _, figure in there]
+    if any(figure.bounds for _, figure in there):
+        low, high = zip(*(figure.bounds or (figure.mean, figure.mean) for _, figure in there), strict=True)
         axes.fill_between(x, low, high, color=look["color"], alpha=0.08 if hollow else 0.14, linewidth=0)
 
 
