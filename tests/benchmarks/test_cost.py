@@ -190,7 +190,6 @@ def test_the_command_measures_reports_and_does_not_measure_again(
     words = [
         "cost",
         "--models",
-        "window",
         "gru",
         "--gradients",
         "bptt",
@@ -201,13 +200,13 @@ def test_the_command_measures_reports_and_does_not_measure_again(
     ]
     assert main(words) == 0
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 4
     assert all(json.loads(line)["status"] == FINISHED for line in lines)
     names = {path.name for path in tmp_path.iterdir()}
     assert {"table.md", "table.csv", "index.html", "cost_by_length.png", "gradient_gru.png"} <= names
     assert "Training tokens/s" in capsys.readouterr().out
     assert main(words) == 0
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 8
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
 
 
 def test_wrong_words_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
