@@ -14,7 +14,7 @@ from benchmarks.members import code_of_model, known_options
 from benchmarks.provenance import source_digest, version_of
 from benchmarks.results import run_id
 
-__all__ = ["GRADIENTS", "OPTIONS", "Case", "plan"]
+__all__ = ["GRADIENTS", "OPTIONS", "SMOKE_OPTIONS", "Case", "plan"]
 
 GRADIENTS = ("bptt", "checkpoint", "replay", "truncated")
 """How the gradient gets through the segments: back-propagation through time; the same with each segment's
@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "memxl": {"mem_len": 128, "lmem_len": 64},
     "transformer-xl": {"cache": 128},
 }
+SMOKE_OPTIONS: dict[str, Any] = {"dim": 16, "depth": 1, "heads": 2, "segment_length": 16}
 VOCABULARY = 256
 
 
@@ -73,6 +74,7 @@ def plan(
     rows: int = 1,
     threads: int = 1,
     changes: Mapping[str, Any] | None = None,
+    usual: Mapping[str, Any] | None = None,
 ) -> list[Case]:
     """The cases of a measurement: every model at every length, with every way of the gradient.
 
@@ -83,6 +85,7 @@ def plan(
         rows: rows at once.
         threads: threads of a process.
         changes: options in place of those of `OPTIONS`, for the members that have them.
+        usual: the same, but no error if no member has such an option.
 
     Raises:
         LookupError: if there is no such member.
@@ -98,7 +101,7 @@ def plan(
     cases = []
     for model in models:
         known = known_options(model)
-        wished = {**OPTIONS["*"], **OPTIONS.get(model, {})}
+        wished = {**OPTIONS["*"], **OPTIONS.get(model, {}), **(usual or {})}
         if model == "full":
             wished["context"] = max(lengths)
         options = {key: value for key, value in (wished | changes).items() if key in known}

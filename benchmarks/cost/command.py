@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cost import Case, plan
+from benchmarks.cost import SMOKE_OPTIONS, Case, plan
 from benchmarks.provenance import versions
 from benchmarks.results import FAILED, FINISHED, Record, Results
 from benchmarks.settings import value_of
@@ -57,7 +57,7 @@ def cost(
     """
     from benchmarks.members import all_models
 
-    changes: dict[str, Any] = {"dim": 16, "depth": 1, "heads": 2, "segment_length": 16} if smoke else {}
+    changes: dict[str, Any] = {}
     try:
         for assignment in set:
             name, equals, text = assignment.partition("=")
@@ -72,6 +72,7 @@ def cost(
             rows=rows,
             threads=threads,
             changes=changes,
+            usual=SMOKE_OPTIONS if smoke else None,
         )
     except LookupError as error:
         print(f"memory-bench: {error.args[0] if error.args else error}", file=sys.stderr)
