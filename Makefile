@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-compare: $(READY)  ## train and compare every member on recall, then on text (about 12 minutes on two cores)
+compare: $(READY)  ## train and compare every member on recall, then on text (minutes on two cores)
 	$(BIN)/memory-bench compare --task recall
 	$(BIN)/memory-bench compare --task text
 
