@@ -64,14 +64,33 @@ def save(path: Path, description: dict[str, Any], tensors: dict[str, Tensor]) ->
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read what `save` wrote.
 
+    The file may be replaced meanwhile: then the new one is read.
+
     Raises:
         FileNotFoundError: if there is no such file.
         MemoryFileError: if it is damaged, foreign, or of a later version.
     """
+    while True:
+        if not path.is_file():
+            raise FileNotFoundError(f"no memory at {path}")
+        before = _identity(path)
+        try:
+            return _read(path)
+        except MemoryFileError:
+            # safetensors opens the header and each tensor by name, so that they may come from two files.
+            if path.is_file() and _identity(path) == before:
+                raise
+
+
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    found = path.stat()
+    # The times too, for the number of a file that is gone is given to the next one.
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise FileNotFoundError(f"no memory at {path}")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -79,7 +98,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 raise MemoryFileError(f"{path} holds tensors, but no KNNMemory")
             # Copies: the tensors must not hang on a file that may be replaced.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # torch's own, where a tensor ends beyond the file
         raise MemoryFileError(f"{path} is damaged, or was not written by KNNMemory.save: {error}") from error
     if header.get("version") != str(_VERSION):
         raise MemoryFileError(

@@ -126,6 +126,33 @@ while True:
     assert len(KNNMemory.load(path)) == 8000
 
 
+@pytest.mark.parametrize("newer", [10, 60])  # fewer pairs and more than before
+def test_a_file_replaced_while_it_is_read_gives_the_new_memory(tmp_path, monkeypatch, newer):
+    def memory(pairs):
+        made = KNNMemory(8, 100, 2)
+        made.add(torch.full((2, pairs, 2, 8), float(pairs)))
+        return made
+
+    path = tmp_path / "memory"
+    memory(30).save(path)
+    real, opened = torch.UntypedStorage.from_file, []
+
+    def replace_and_open(*args, **kwargs):
+        # safetensors has read the header by now, and opens the file once more for the tensors.
+        opened.append(args)
+        if len(opened) == 1:
+            memory(newer).save(path)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", staticmethod(replace_and_open))
+    loaded = KNNMemory.load(path)
+    assert len(opened) == 2
+    assert len(loaded) == 2 * newer
+    pairs, found = loaded.search(torch.ones(2, 1, 8), 5)
+    assert found.all()
+    assert (pairs == newer).all()
+
+
 @pytest.mark.parametrize("place", [0.0005, 0.1, 0.5, 0.999])
 def test_a_damaged_file_is_refused(tmp_path, place):
     path = tmp_path / "memory"
