@@ -224,9 +224,9 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     if grad is None and log_grad is None:
         return (None,) * 6
-    query_grad, bias_grad = _attend_backward(grad, log_grad, *ctx.saved_tensors)
-    biased = ctx.saved_tensors[3] is not None
-    return query_grad, None, None, None, None, bias_grad if biased else None
+    saved = ctx.saved_tensors  # within a checkpoint they can be asked for but once
+    query_grad, bias_grad = _attend_backward(grad, log_grad, *saved)
+    return query_grad, None, None, None, None, None if saved[3] is None else bias_grad
 
 
 attend.register_autograd(_differentiate, setup_context=_save_for_backward)

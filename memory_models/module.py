@@ -230,7 +230,9 @@ class MemoryModule(Pretrained, nn.Module, Generic[M]):
         dtype = None if weight is None else weight.dtype
         kept = self.__dict__.get("_template")
         if kept is None or kept[0] != dtype:
-            kept = (dtype, self.init_memory(0).detach().to(device="meta"))
+            # No graph: within a checkpoint the first run would save tensors that the second does not.
+            with torch.no_grad():
+                kept = (dtype, self.init_memory(0).detach().to(device="meta"))
             self.__dict__["_template"] = kept
         return kept[1]
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from memory_models import Memory, MemoryModule, create, unroll
 from tests.members import MEMBERS, OWN, SMALL, small
@@ -319,3 +320,27 @@ def test_a_module_may_change_its_dtype_between_calls() -> None:
         y, memory = model.to(dtype)(torch.randn(1, 2, 4).to(dtype))
         y, memory = model(torch.randn(1, 2, 4).to(dtype), memory)
         assert y.dtype == memory.total.dtype == dtype
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_checkpointing_from_the_first_call_on_changes_no_gradient(name: str) -> None:
+    def gradients(model: MemoryModule[Any], *, recompute: bool) -> list[Tensor | None]:
+        leaves, layout = pytree.tree_flatten(model.init_memory(2))
+        total = torch.zeros(())
+        torch.manual_seed(3)
+        for piece in x.split(LENGTH, 1):
+
+            def segment(*leaves: Tensor, piece: Tensor = piece) -> tuple[Tensor, ...]:
+                y, memory = model(piece, pytree.tree_unflatten(leaves, layout))
+                return y, *pytree.tree_leaves(memory)
+
+            y, *leaves = checkpoint(segment, *leaves, use_reentrant=False) if recompute else segment(*leaves)
+            total = total + (y**2).mean()
+        total.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    x = torch.randn(2, 3 * LENGTH, DIM)
+    model = small(name).train()
+    again = copy.deepcopy(model)  # neither has been called
+    for seen, wanted in zip(gradients(again, recompute=True), gradients(model, recompute=False), strict=True):
+        torch.testing.assert_close(seen, wanted)
