@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memorizing.knn import pages
 from memory_models.ring import append, numbers
-from memory_models.state import Memory, memory_state
+from memory_models.state import Memory, address, memory_state
 from memory_models.transformer import OpenSegment, Past
 
 
@@ -93,8 +93,8 @@ class OutsidePairs(Memory):
     """
 
     recent: PairMemory
-    committed: Tensor
-    stream: Tensor
+    committed: Tensor = address()
+    stream: Tensor = address()
 
     @classmethod
     def empty(cls, batch_size: int, kept: int, stores: int, dim_head: int, *, like: Tensor) -> Self:

@@ -15,11 +15,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 _STATIC = "memory_models_static"
+_ADDRESS = "memory_models_address"
 
 
 def static(**options: Any) -> Any:
     """Declare a field that is not a tensor (a length, a name): it travels in the pytree's context."""
     return dataclasses.field(metadata={_STATIC: True}, **options)
+
+
+def address() -> Any:
+    """Declare a tensor that says where an outside store keeps a row: equal streams may differ in it."""
+    return dataclasses.field(metadata={_ADDRESS: True})
 
 
 def is_static(field: dataclasses.Field[Any]) -> bool:
@@ -83,6 +89,11 @@ class Memory:
         pairs, _ = pytree.tree_flatten_with_path(self)
         return {".".join(_part(key) for key in path): leaf for path, leaf in pairs}
 
+    def addresses(self) -> set[str]:
+        """Paths of the leaves that were declared with `address`."""
+        pairs, _ = pytree.tree_flatten_with_path(self)
+        return {".".join(_part(key) for key in path) for path, _ in pairs if _is_address(self, path)}
+
     @property
     def batch_size(self) -> int:
         """Number of rows."""
@@ -112,7 +123,7 @@ class Memory:
 T = TypeVar("T")
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(static,))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(static, address))
 def memory_state(cls: type[T]) -> type[T]:
     """Make `cls` (a subclass of `Memory`) a frozen keyword-only dataclass and a pytree node.
 
@@ -181,6 +192,16 @@ def cat(memories: Sequence[Memory]) -> Any:
     for memory in memories[1:]:
         check_same_structure(first.select(empty), memory.select(empty))
     return pytree.tree_map(lambda *leaves: torch.cat(leaves), *memories)
+
+
+def _is_address(memory: Memory, path: Sequence[Any]) -> bool:
+    owner: Any = memory
+    for key in path[:-1]:
+        owner = key.get(owner)
+    return isinstance(owner, Memory) and any(
+        field.name == _part(path[-1]) and field.metadata.get(_ADDRESS)
+        for field in dataclasses.fields(owner)  # type: ignore[arg-type]
+    )
 
 
 def _part(key: Any) -> str:
