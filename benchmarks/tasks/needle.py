@@ -23,9 +23,9 @@ from benchmarks.task import Batch, one_hot_logits
 class NeedleConfig:
     """The sizes of `needle`."""
 
-    segments: int = 8
+    segments: int = 6
     """Segments in a sequence."""
-    segment_length: int = 32
+    segment_length: int = 24
     """Tokens of a segment, the questions at its end included."""
     length: int = 5
     """Digits of the needle."""
