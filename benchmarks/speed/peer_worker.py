@@ -17,7 +17,6 @@ A case file offers `ours(settings, weights)` and `theirs(settings, weights)`: bo
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -110,7 +109,6 @@ class Worker:
                 self._side.step(index)
 
         gc.collect()
-        _trim()
         return extra_peak(steps)
 
     def results(self, path: str) -> list[str]:
@@ -127,7 +125,7 @@ def extra_peak(step: Callable[[], object]) -> dict[str, Any]:
     samples, and on other systems the growth of the process's life-long maximum is all there is; a step
     that stays below an earlier peak then counts as nothing, which `method` lets the reader know.
     """
-    _return_free_memory()
+    _trim()
     if _reset_high_water():
         before = _status_bytes("VmRSS")
         result = step()
@@ -151,12 +149,6 @@ def extra_peak(step: Callable[[], object]) -> dict[str, Any]:
         peak, method = _life_maximum(), "life-long maximum"
     del result
     return {"bytes": max(peak - before, 0), "method": method}
-
-
-def _return_free_memory() -> None:
-    # What the C library keeps of earlier steps would count as there before, and the step could reuse it.
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # of other systems
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_high_water() -> bool:
