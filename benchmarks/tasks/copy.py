@@ -28,7 +28,7 @@ class CopyConfig:
     """Segments in a sequence of tokens."""
     sequences: int = 2
     """Named sequences shown at the start of each segment."""
-    length: int = 4
+    length: int = 3
     """Symbols of a named sequence."""
     queries: int = 1
     """Names asked for after them."""

@@ -24,13 +24,13 @@ from benchmarks.task import Batch, one_hot_logits
 class SelectiveCopyConfig:
     """The sizes of `selective-copy`."""
 
-    segments: int = 8
+    segments: int = 4
     """Segments in a sequence; the markers stand at the end of the last."""
-    segment_length: int = 32
+    segment_length: int = 16
     """Tokens of a segment."""
-    data: int = 8
+    data: int = 4
     """Symbols to be repeated."""
-    symbols: int = 16
+    symbols: int = 8
     """Different symbols, drawn with replacement."""
     evaluation_sequences: int = 512
     """Sequences in the evaluation set."""

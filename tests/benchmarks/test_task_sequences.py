@@ -268,7 +268,7 @@ def test_groups_with_a_first_part_form_curves() -> None:
         ("copy", {"segments": 1}, r"segments \(1\) must be at least 2"),
         ("reverse", {"symbols": 1}, r"symbols \(1\) must be at least 2"),
         ("copy", {"length": 0}, r"length \(0\) must be at least 1"),
-        ("selective-copy", {"segment_length": 8}, r"segment_length \(8\) must be more than data \(8\)"),
+        ("selective-copy", {"segment_length": 4}, r"segment_length \(4\) must be more than data \(4\)"),
         ("selective-copy", {"segments": 1}, r"segments \(1\) must be at least 2"),
         ("selective-copy", {"symbols": 1}, r"symbols \(1\) must be at least 2"),
         ("needle", {"segment_length": 10}, r"must be at least 2 \* length \+ 1 \(11\)"),
