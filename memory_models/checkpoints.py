@@ -32,6 +32,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 M = TypeVar("M", bound=Memory)
+R = TypeVar("R")
 
 
 class CheckpointError(ValueError):
@@ -47,6 +48,7 @@ def save_model(model: MemoryModule[Any] | MemoryLM, folder: str | os.PathLike[st
 
     Raises:
         ValueError: if the model was not made from the registry, so that it could not be built again.
+        OSError: if the disk refuses.
     """
     folder = Path(folder)
     config = {
@@ -61,7 +63,7 @@ def save_model(model: MemoryModule[Any] | MemoryLM, folder: str | os.PathLike[st
     # The weights carry the options too: a stop between the two files must not marry the new weights to
     # the options of another model.
     about = {"format": FORMAT, "config": text}
-    replace_file(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=about))
+    write_tensors(folder / WEIGHTS_FILE, tensors, about)
     replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -80,7 +82,7 @@ def load_model(
         model = build(config)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} does not describe a model: {error}") from error
-    tensors, about = _read_tensors(folder / WEIGHTS_FILE, device)
+    tensors, about = read_tensors(folder / WEIGHTS_FILE, device)
     _check_same_save(folder, config, about)
     expected = dict(_unshared(model))
     _check_tensors(folder / WEIGHTS_FILE, expected, tensors)
@@ -105,7 +107,7 @@ def save_memory(memory: Memory, path: str | os.PathLike[str]) -> None:
         "class": _class_name(memory),
         "static": _static_fields(memory),
     }
-    replace_file(Path(path), lambda target: save_file(tensors, target, metadata=about))
+    write_tensors(Path(path), tensors, about)
 
 
 def load_memory(path: str | os.PathLike[str], like: M) -> M:
@@ -123,7 +125,7 @@ def load_memory(path: str | os.PathLike[str], like: M) -> M:
     path = Path(path)
     leaves = like.tensors()
     device = next(iter(leaves.values())).device
-    tensors, about = _read_tensors(path, device)
+    tensors, about = read_tensors(path, device)
     if about.get("format") != f"{FORMAT} memory":
         raise CheckpointError(f"{path} is not a memory written by save_memory")
     _check_version(path, about.get("format_version"))
@@ -173,6 +175,70 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
             os.close(folder)
 
 
+def read_file(path: Path, read: Callable[[Path], R]) -> R:
+    """What `read` makes of the file; once more if the file was replaced meanwhile.
+
+    safetensors opens a file by name twice, for its header and for its tensors, which could then be of two.
+    """
+    while True:
+        before = _identity(path)
+        try:
+            found = read(path)
+        except Exception:
+            if _identity(path) == before:
+                raise
+            continue
+        if _identity(path) == before:
+            return found
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write a safetensors file by `replace_file`.
+
+    Raises:
+        OSError: if the disk refuses; the old file stays as it was.
+    """
+
+    def write(part: Path) -> None:
+        try:
+            save_file(tensors, part, metadata=about)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+
+    replace_file(path, write)
+
+
+def read_tensors(
+    path: Path, device: torch.device | str | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the notes of a safetensors file that may be replaced at any moment.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is damaged or of another kind.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no such checkpoint file: {path}")
+
+    def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+    try:
+        return read_file(path, read)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def _identity(path: Path) -> tuple[int, int, int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    # The times too, for the number of a file that is gone is given to the next one.
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
 def _unshared(model: nn.Module) -> dict[str, Tensor]:
     # Tied weights have two names; safetensors keeps the first.
     kept: dict[str, Tensor] = {}
@@ -219,16 +285,6 @@ def _check_version(path: Path, version: Any) -> None:
             f"{path} has format version {version}, this library reads {FORMAT_VERSION}; "
             "load it with the library version it names and save it again"
         )
-
-
-def _read_tensors(path: Path, device: torch.device | str | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.exists():
-        raise FileNotFoundError(f"no such checkpoint file: {path}")
-    try:
-        with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def _check_tensors(

@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_USAGE)
     main_process = training.processes.is_main
     again = shlex.join(["memory-bench", "train", *words])
+    if training.processes.count > 1:
+        again += "\nin as many processes as you like"
     try:
         finished = train(training, say=print if main_process else lambda _: None)
     except DivergedError as error:
@@ -233,7 +235,9 @@ def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+        raise ImportError(
+            "--tensorboard needs the package tensorboard: pip install 'memory-models[tensorboard]'"
+        ) from error
     return SummaryWriter
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.corpus import Corpus, load_corpus
 from benchmarks.streams import NOTHING, Place, ReadingOrder, deal
+from benchmarks.training.raw import bytes_of, load_bytes
 from benchmarks.training.settings import TrainConfig
 from benchmarks.training.tokenizer import Tokenizer
 from memory_models.lm import IGNORED_LABEL
@@ -74,12 +75,7 @@ def load_text(config: TrainConfig, tokenizer: Tokenizer, segment_length: int) ->
         ValueError: if there is too little text to train on and to hold out.
         TokenizerError: if the tokenizer has no token `end_token`.
     """
-    corpus = load_corpus(
-        str(config.data),
-        held_out=config.held_out,
-        min_bytes=max(1, config.min_bytes),
-        document_start=config.document_start,
-    )
+    corpus = _corpus(config, tokenizer)
     end = None if not config.end_token else tokenizer.id_of(config.end_token)
     sides = []
     for name, documents in (("training", corpus.training), ("held-out", corpus.held_out)):
@@ -95,6 +91,17 @@ def load_text(config: TrainConfig, tokenizer: Tokenizer, segment_length: int) ->
         sides.append(Documents(ids, segment_length))
     training, held_out = sides
     return Text(training, held_out, corpus, tokenizer, config.end_token)
+
+
+def _corpus(config: TrainConfig, tokenizer: Tokenizer) -> Corpus:
+    how: dict[str, Any] = {
+        "held_out": config.held_out,
+        "min_bytes": max(1, config.min_bytes),
+        "document_start": config.document_start,
+    }
+    path = config.data.expanduser()
+    raw = bytes_of(path) if tokenizer.is_bytes else None
+    return load_corpus(str(config.data), **how) if raw is None else load_bytes(raw, path.name, **how)
 
 
 class Documents:

@@ -30,6 +30,8 @@ from memory_models.state import Memory, cat
 
 CHECKPOINT_FILE, MODEL_FOLDER = "checkpoint.pt", "model"
 _SAMPLE_PROMPT_TOKENS = 64
+# It starts at 2^16 and halves at each gradient that is not finite.
+_SMALLEST_SCALE = 2.0**-24
 
 
 class DivergedError(Exception):
@@ -139,6 +141,11 @@ class Training:
             group["lr"] = learning_rate(self.step, self.settings)
         self._scaler.step(self.optimizer)
         self._scaler.update()
+        if self._scaler.is_enabled() and self._scaler.get_scale() < _SMALLEST_SCALE:
+            raise DivergedError(
+                f"in fp16 the gradient is not finite at step {self.step + 1} of {self.settings.steps}, "
+                "however small the loss is scaled; take --precision bf16 or fp32"
+            )
         self.memories = after
         self.step += 1
         self.tokens += round(asked_by_all)
@@ -188,7 +195,11 @@ class Training:
         return "".join(decode(int(step.token[0])) for step in steps)
 
     def save(self) -> None:
-        """Write the checkpoint, atomically; every process must call it."""
+        """Write the checkpoint, atomically; every process must call it.
+
+        Raises:
+            OSError: if the disk refuses; the checkpoint before still stands.
+        """
         processes = self.processes
         memory = self._memory_of_all()
         store = f"store-{self.step}"
@@ -215,7 +226,11 @@ class Training:
         processes.wait()
 
     def export(self) -> None:
-        """Write the model for `from_pretrained` and `memory-bench generate`; every process must call it."""
+        """Write the model for `from_pretrained` and `memory-bench generate`; every process must call it.
+
+        Raises:
+            OSError: if the disk refuses; the model before still stands.
+        """
         memory = self._memory_of_all() if self.config.keep_memory else None
         weights = states.whole_weights(self.model, self.processes) if self.processes.sharded else None
         if self.processes.is_main:

@@ -16,12 +16,16 @@ from torch import Tensor, nn
 
 from memory_models.state import Memory
 
+# What torchrun (and `accelerate launch`, which calls it) or the kinds of mpirun tell a process.
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
 
 class Processes:
     """This process alone.
 
     Args:
-        device: where to train; `"auto"`: an accelerator if there is one.
+        device: where to train; `"auto"`: an accelerator if there is one and `accelerate launch` was not told
+            `--cpu`.
     """
 
     rank = 0
@@ -33,7 +37,7 @@ class Processes:
         if device == "auto":
             found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
             usable = found is not None and torch.accelerator.is_available()
-            device = str(found) if usable else "cpu"
+            device = str(found) if usable and not _told("ACCELERATE_USE_CPU") else "cpu"
         try:
             self.device = torch.device(device)
         except RuntimeError as error:
@@ -179,9 +183,18 @@ def connect(device: str = "auto") -> Processes:
 
     Raises:
         ImportError: if there are several and accelerate is not installed.
-        ValueError: if the device, or the way of sharing work, is not supported.
+        ValueError: if the device, or the way of sharing work, is not supported, or if several processes were
+            asked for and one was started.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    count = next((int(os.environ[name]) for name in _COUNTS if name in os.environ), None)
+    if count is None and _told("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ:
+        # It gives the port if asked for several, and would leave one to train alone on all rows.
+        raise ValueError(
+            "accelerate launch --cpu starts one process, whatever --num_processes says, unless it has an MPI "
+            "(--mpirun_hostfile). Start several on CPUs with torchrun --nproc-per-node N, or with accelerate "
+            "launch --multi_gpu --num_processes N, which takes CPUs where there is no GPU"
+        )
+    if count is not None and count > 1:
         return AcceleratedProcesses(device)
     return Processes(device)
 

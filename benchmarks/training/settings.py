@@ -19,7 +19,7 @@ class TrainConfig:
     """Train one model on your own text; the same command goes on where it was stopped."""
 
     data: Path
-    """File, folder of files (each is a document) or .gz to train on."""
+    """File (any bytes), folder of text files (each is a document) or .gz to train on."""
     model: str
     """Name of the model, as `memory-bench list` shows it, or package.module:Class."""
     out: Path

@@ -21,9 +21,24 @@ FORMAT_VERSION = 1
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Put a checkpoint in the place of the one before; a kill at any moment leaves one of them."""
+    """Put a checkpoint in the place of the one before; a kill at any moment leaves one of them.
+
+    Raises:
+        OSError: if the disk refuses; the one before still stands.
+    """
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **state}
-    replace_file(path, lambda part: torch.save(content, part))
+
+    def fill(part: Path) -> None:
+        with part.open("wb") as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:
+                # Of a write that failed torch says only that its position is not the expected one.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+    replace_file(path, fill)
 
 
 def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from memory_models.checkpoints import CheckpointError, read_tensors, write_tensors
 
 _FORMAT = "memory-models KNNMemory"
 _VERSION = 1
@@ -26,9 +26,6 @@ def save(path: Path, description: dict[str, Any], tensors: dict[str, Tensor]) ->
     Raises:
         OSError: if it cannot be written; what was at `path` is still there.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     text = json.dumps(description)
     header = {
@@ -37,28 +34,7 @@ def save(path: Path, description: dict[str, Any], tensors: dict[str, Tensor]) ->
         "description": text,
         "checksum": f"{_checksum(text, tensors):08x}",
     }
-    # A name of its own, so that two writers of one path do not write into one file.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    temporary.touch(exist_ok=False)
-    try:
-        mode = temporary.stat().st_mode
-        try:
-            save_file(tensors, temporary, metadata=header)
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
-        # Newer releases of safetensors write for the owner alone; the result gets what any new file would.
-        temporary.chmod(mode)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    write_tensors(path, tensors, header)
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -70,40 +46,20 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         FileNotFoundError: if there is no such file.
         MemoryFileError: if it is damaged, foreign, or of a later version.
     """
-    while True:
-        if not path.is_file():
-            raise FileNotFoundError(f"no memory at {path}")
-        before = _identity(path)
-        try:
-            return _read(path)
-        except MemoryFileError:
-            # safetensors opens the header and each tensor by name, so that they may come from two files.
-            if path.is_file() and _identity(path) == before:
-                raise
-
-
-def _identity(path: Path) -> tuple[int, int, int, int]:
-    found = path.stat()
-    # The times too, for the number of a file that is gone is given to the next one.
-    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
+    if not path.is_file():
+        raise FileNotFoundError(f"no memory at {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != _FORMAT:
-                raise MemoryFileError(f"{path} holds tensors, but no KNNMemory")
-            # Copies: the tensors must not hang on a file that may be replaced.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, RuntimeError) as error:  # torch's own, where a tensor ends beyond the file
+        found, header = read_tensors(path)
+    except CheckpointError as error:
         raise MemoryFileError(f"{path} is damaged, or was not written by KNNMemory.save: {error}") from error
+    if header.get("format") != _FORMAT:
+        raise MemoryFileError(f"{path} holds tensors, but no KNNMemory")
     if header.get("version") != str(_VERSION):
         raise MemoryFileError(
             f"{path} has version {header.get('version')}, this release reads version {_VERSION}"
         )
+    # Copies: the tensors must not hang on a file that may be replaced.
+    tensors = {name: tensor.clone() for name, tensor in found.items()}
     text = header.get("description", "")
     if header.get("checksum") != f"{_checksum(text, tensors):08x}":
         raise MemoryFileError(f"{path} is damaged: its checksum does not fit its content")

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from memory_models.checkpoints import CheckpointError, library_version, replace_file
+from memory_models.checkpoints import CheckpointError, library_version, read_tensors, write_tensors
 from memory_models.hf.advance import advance
 from memory_models.module import MemoryModule
 from memory_models.state import Memory, memory_state
@@ -88,7 +86,7 @@ def write_attached(folder: Path, description: dict[str, Any], tensors: Mapping[s
         "library_version": library_version(),
         "description": json.dumps(description, sort_keys=True),
     }
-    replace_file(folder / WEIGHTS_FILE, lambda path: save_file(copies, path, metadata=about))
+    write_tensors(folder / WEIGHTS_FILE, copies, about)
 
 
 def read_attached(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -100,12 +98,7 @@ def read_attached(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}; a folder that Attached.save wrote has it")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+    tensors, about = read_tensors(path)
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by Attached.save")
     if about.get("format_version") != FORMAT_VERSION:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections import defaultdict
 from pathlib import Path
 
@@ -92,6 +93,39 @@ def test_an_end_token_stands_behind_each_document(tmp_path: Path) -> None:
     assert (text.held_out.asked == 4).all()
     with pytest.raises(TokenizerError, match="no token '<eos>'"):
         load_text(tiny(tmp_path, tokenizer="x", end_token="<eos>"), tokenizer, 8)
+
+
+@pytest.mark.parametrize("kind", ["image.png", "packed.gz", "latin-1.txt"])
+def test_the_bytes_of_any_file_are_read_as_they_are(kind: str, tmp_path: Path) -> None:
+    content = np.random.default_rng(0).integers(256, size=40_000, dtype=np.uint8).tobytes()
+    if kind == "latin-1.txt":
+        content = content.replace(b"\0", b"\xe4")
+    path = tmp_path / kind
+    path.write_bytes(gzip.compress(content) if kind == "packed.gz" else content)
+    text = load_text(tiny(tmp_path, data=path, held_out_tokens=10_000), Tokenizer(), 8)
+    # The last sixteenth is held out, and about as much before it is left out.
+    read = text.training.tokens.tobytes()
+    assert content.startswith(read)
+    held_out = text.held_out.tokens.tobytes()
+    assert content.endswith(held_out)
+    assert len(held_out) > 500
+    assert 0.8 * len(content) < len(read) < len(content) - len(held_out) - len(content) // 16
+
+
+def test_bytes_are_cut_where_documents_begin(tmp_path: Path) -> None:
+    path = tmp_path / "records"
+    records = [b"@" + bytes([number]) * (30 + number) + b"\xff\n" for number in range(20)]
+    path.write_bytes(b"header\n" + b"".join(records))
+    text = load_text(tiny(tmp_path, data=path, document_start="@"), Tokenizer(), 8)
+    sides = [text.training, text.held_out]
+    cut = [np.split(side.tokens, side.starts[1:]) for side in sides]
+    assert sorted(one.tobytes() for side in cut for one in side) == sorted(records)
+    assert [len(side) for side in cut] == [18, 2]
+    with pytest.raises(ValueError, match=r"no line in records starts with document_start \('#'\)"):
+        load_text(tiny(tmp_path, data=path, document_start="#"), Tokenizer(), 8)
+    path.write_bytes(b"\0")
+    with pytest.raises(ValueError, match="too short"):
+        load_text(tiny(tmp_path, data=path), Tokenizer(), 8)
 
 
 def test_too_little_text_is_said_to_be_so(tmp_path: Path) -> None:

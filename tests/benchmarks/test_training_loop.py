@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +111,8 @@ def test_an_outside_store_is_resumed_too(tmp_path: Path) -> None:
 
 
 def test_a_killed_training_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    whole = tiny(tmp_path, out=tmp_path / "whole", steps=24, evaluate_every=5)
+    options = (*MODEL, "dropout=0.1")
+    whole = tiny(tmp_path, out=tmp_path / "whole", steps=24, evaluate_every=5, set=options)
     killed = replace(whole, out=tmp_path / "killed", checkpoint_seconds=0)
     assert main(["train", *words_of(whole)]) == 0
     command = [sys.executable, "-m", "benchmarks.cli", "train", *words_of(killed)]
@@ -139,22 +142,39 @@ def test_a_killed_training_goes_on_to_the_same_end(tmp_path: Path) -> None:
     assert logs[0] == logs[1]
 
 
-def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = prepare(tiny(tmp_path))
-    training.advance()
-    training.save()
-    before = training.checkpoint.read_bytes()
-    training.advance()
+@contextmanager
+def disk_that_holds(size: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def full(state: Any, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(states.torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        training.save()
-    assert training.checkpoint.read_bytes() == before
-    assert [path.name for path in training.config.out.iterdir()] == ["checkpoint.pt"]
+@pytest.mark.parametrize("refused", ["checkpoint", "model"])
+def test_a_full_disk_loses_nothing(
+    refused: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path, checkpoint_seconds=0)
+    assert main(["train", *words_of(replace(config, steps=3))]) == 0
+    files = [config.out / "checkpoint.pt", config.out / "model" / "model.safetensors"]
+    before = [path.read_bytes() for path in files]
+    capsys.readouterr()
+    with monkeypatch.context() as patch, disk_that_holds(len(before[refused == "model"]) // 2):
+        if refused == "model":
+            patch.setattr(Training, "save", lambda training: None)
+        assert main(["train", *words_of(config)]) == 1
+    said = capsys.readouterr().err
+    assert f"cannot write to {config.out}" in said
+    assert "too large" in said
+    assert "Traceback" not in said
+    assert [path.read_bytes() for path in files] == before
+    assert not list(config.out.rglob("*.part"))
+    assert main(["train", *words_of(config)]) == 0
+    assert checkpoint_of(prepare(config))["step"] == 6
 
 
 def test_a_signal_stops_after_the_step_and_the_command_goes_on(
@@ -268,6 +288,18 @@ def test_the_trained_model_comes_back_with_tokenizer_and_memory(tmp_path: Path) 
     assert (config.out / "model" / "tokenizer.json").read_text() == tokenizer.read_text()
 
 
+def test_a_scale_of_fp16_that_shrinks_for_ever_ends_with_a_message(tmp_path: Path) -> None:
+    training = prepare(tiny(tmp_path, precision="fp16"))
+    before = {name: value.clone() for name, value in training.model.state_dict().items()}
+    next(training.model.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    training._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-22)
+    training.advance()
+    training.advance()
+    with pytest.raises(DivergedError, match=r"in fp16 .* at step 3 of 6.*--precision bf16"):
+        training.advance()
+    assert_same(before, dict(training.model.state_dict()))
+
+
 def test_a_loss_that_is_not_finite_ends_with_a_message_and_the_checkpoint_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -377,7 +409,7 @@ def test_figures_go_to_tensorboard_if_asked(
     config = tiny(tmp_path, tensorboard=True, sample_tokens=3)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert main(["train", *words_of(config)]) == 2
-    assert "pip install tensorboard" in capsys.readouterr().err
+    assert "pip install 'memory-models[tensorboard]'" in capsys.readouterr().err
 
     written: list[tuple[str, Any, int]] = []
 

@@ -6,8 +6,11 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +18,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from benchmarks.cli import main
+from benchmarks.training import processes
 from benchmarks.training.command import prepare, train
 from benchmarks.training.loop import Training
 from benchmarks.training.processes import AcceleratedProcesses, Processes, connect
 from memory_models import from_pretrained
-from tests.benchmarks.training import tiny
+from tests.benchmarks.training import tiny, words_of
 
 STEPS, MIDDLE = 4, 2
 # memformer's last write of a step has no gradient: processes must not wait for one.
@@ -202,6 +207,97 @@ def test_other_ways_of_sharing_work_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         AcceleratedProcesses(device)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_processes_of_torchrun_and_of_mpirun_know_of_each_other(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(processes, "AcceleratedProcesses", found.append)
+    monkeypatch.setenv(name, "1")
+    assert type(connect("cpu")) is Processes
+    assert not found
+    monkeypatch.setenv(name, "2")
+    connect("cpu")
+    assert found == ["cpu"]
+
+
+def test_accelerate_is_not_believed_to_have_started_several_on_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = pytest.importorskip("accelerate.commands.launch")
+    started = []
+    # What it would start, in its own words.
+    monkeypatch.setattr(
+        launch.subprocess,
+        "Popen",
+        lambda command, env: started.append(env) or SimpleNamespace(wait=lambda: None, returncode=0),
+    )
+    words = ["train", *words_of(tiny(tmp_path, device="auto"))]
+    for count in ("1", "2"):
+        parser = launch.launch_command_parser()
+        launch.launch_command(parser.parse_args(["--cpu", "--num_processes", count, "memory-bench", *words]))
+    alone, asked_for_two = started
+    for name in alone.keys() - os.environ.keys():
+        monkeypatch.setenv(name, alone[name])
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    assert connect().device == torch.device("cpu")
+    for name in asked_for_two.keys() - os.environ.keys():
+        monkeypatch.setenv(name, asked_for_two[name])
+    assert main(words) == 2
+    assert "starts one process" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "machines"),
+    [(["--multi_gpu"], 1), (["--use_fsdp", "--fsdp_version", "2"], 1), (["--multi_gpu"], 2)],
+    ids=["ddp", "fsdp", "ddp-two-machines"],
+)
+def test_accelerate_launch_gives_the_losses_of_one_process(
+    how: list[str], machines: int, tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    if torch.accelerator.is_available() and torch.accelerator.device_count() < 2:
+        pytest.skip("two processes would need two accelerators")
+    usual = tiny(tmp_path, model="memformer", evaluate_every=2, device="auto", sample_tokens=3)
+    one, two = replace(usual, out=tmp_path / "one"), replace(usual, out=tmp_path / "two")
+    assert main(["train", *words_of(replace(one, device="cpu"))]) == 0
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", *how]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    launch += ["--num_machines", str(machines), "--main_process_ip", "127.0.0.1", "--machine_rank"]
+    started = [
+        subprocess.Popen(
+            [*launch, str(machine), "-m", "benchmarks.cli", "train", *words_of(two)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for machine in range(machines)
+    ]
+    try:
+        said = [process.communicate(timeout=200)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * machines, said
+    assert "2 processes" in said[0]
+
+    logs = [[json.loads(line) for line in (c.out / "log.jsonl").read_text().splitlines()] for c in (one, two)]
+    assert [line["step"] for line in logs[0]] == [2, 4, 6, 6]
+    for mine, theirs in zip(*logs, strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
+        assert theirs.get("tokens") == mine.get("tokens")
+    # One process goes on where two were, with the memory of each row.
+    ends = [prepare(replace(config, steps=7, device="cpu")).advance() for config in (one, two)]
+    assert ends[1] == pytest.approx(ends[0], rel=1e-4)
 
 
 def test_the_precision_is_what_accelerate_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -456,3 +456,41 @@ def test_a_model_of_two_dtypes_keeps_both(tmp_path: Path) -> None:
     for (name, theirs), ours in zip(model.named_parameters(), loaded.parameters(), strict=True):
         assert ours.dtype == theirs.dtype, name
         assert torch.equal(ours, theirs), name
+
+
+def test_a_memory_replaced_while_it_is_read_is_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opened = tmp_path / "memory.safetensors", []
+    save_memory(counter(1.0), path)
+    real = torch.UntypedStorage.from_file
+
+    def replace_and_open(*args: Any, **options: Any) -> Any:
+        # safetensors has read the header by now, and opens the file once more for the tensors.
+        opened.append(args)
+        if len(opened) == 1:
+            save_memory(counter(7.0, rows=5), path)
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", staticmethod(replace_and_open))
+    loaded = load_memory(path, counter())
+    assert len(opened) == 2
+    assert loaded.batch_size == 5
+    assert (loaded.value == 7).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of the file size stands for a full disk")
+def test_a_full_disk_leaves_the_old_memory(tmp_path: Path) -> None:
+    import resource
+
+    path = tmp_path / "memory.safetensors"
+    save_memory(counter(1.0), path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*memory\.safetensors"):
+            save_memory(counter(2.0, rows=1000), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert load_memory(path, counter()).batch_size == 2
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
