@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from memxl.classic import ClassicMemory, MemoryTransformerXL
 from memxl.classic_loss import linear_cross_entropy
+from memxl.embeddings import Embeddings
+from memxl.products import are_plain
 
 __all__ = ["AutoregressiveWrapper", "SegmentLoss", "top_k", "top_p"]
 
@@ -133,6 +135,7 @@ class AutoregressiveWrapper(nn.Module):
             None if memories is None else ClassicMemory(memories.short[:, part], memories.long[part])
             for part in parts
         ]
+        embeddings = Embeddings(self.net.embed, inputs, self.seq_len)
         for number, begin in enumerate(range(0, inputs.shape[1], self.seq_len), start=1):
             time = slice(begin, begin + self.seq_len)
             truncate = truncate_every is not None and number % truncate_every == 0
@@ -142,6 +145,7 @@ class AutoregressiveWrapper(nn.Module):
                     memories=carried[index],
                     mask=None if mask is None else mask[part, time],
                     detach_lmem=truncate,
+                    embedded=embeddings.segment(number - 1)[part],
                 )
                 loss = self._mean_loss(x.flatten(0, 1), targets[part, time].flatten())
                 del x
@@ -150,7 +154,7 @@ class AutoregressiveWrapper(nn.Module):
     def _mean_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         head = self.net.to_logits
         # An adapter or a quantised map put in its place is more than its weight.
-        if type(head) is nn.Linear:
+        if isinstance(head, nn.Linear) and are_plain(head):
             return linear_cross_entropy(x, head.weight, head.bias, targets, ignore_index=self.ignore_index)
         total = F.cross_entropy(head(x), targets, ignore_index=self.ignore_index, reduction="sum")
         return total / (targets != self.ignore_index).sum().clamp(min=1)

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from memxl.classic_layers import ClassicAttention, ClassicBlock, ClassicFeedForward, empty_slots
+from memxl.classic_layers import ClassicAttention, ClassicBlock, ClassicFeedForward, Context, empty_slots
 from memxl.classic_memory import (
     ClassicMemory,
     GivenMemories,
@@ -23,6 +23,7 @@ from memxl.classic_memory import (
 )
 from memxl.classic_writer import WRITE_HEADS, ClassicWriter, copied_weights, keep_weights
 from memxl.gates import make_gate
+from memxl.products import apply_map
 
 __all__ = ["ClassicMemory", "MemoryTransformerXL", "Segment"]
 
@@ -158,7 +159,7 @@ class MemoryTransformerXL(nn.Module):
             ValueError: if shapes disagree or the segment is longer than `seq_len`.
         """
         y, memory = self.features(x, memories, mask, detach_lmem)
-        return self.to_logits(y), memory
+        return apply_map(self.to_logits, y), memory
 
     def features(
         self,
@@ -166,25 +167,28 @@ class MemoryTransformerXL(nn.Module):
         memories: ClassicMemory | GivenMemories | None = None,
         mask: Tensor | None = None,
         detach_lmem: bool = False,
+        *,
+        embedded: Tensor | None = None,
     ) -> tuple[Tensor, ClassicMemory]:
         """The same as `forward` up to what `to_logits` maps to logits: `[batch, time, emb_dim]`.
 
         For a loss that does without a tensor of logits; arguments and errors are those of `forward`.
+
+        Args:
+            embedded: `[batch, time, emb_dim]`, the embeddings of `x` where they have been looked up before.
         """
         self._check_tokens(x, mask)
         memory = self._memories(memories, x.shape[0])
+        embedded = self.embed(x) if embedded is None else embedded
         if x.shape[1] == 0:
-            return self.to_embedding(self.from_embedding(self.embed(x))), memory
+            return self.to_embedding(self.from_embedding(embedded)), memory
         lengths = back = None
         if mask is not None and may_be_true(~mask):
             # Real tokens move to the front: then no token can see padding, and distances count tokens.
             order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
             lengths, back = mask.sum(1), torch.argsort(order, dim=1)
-            x = x.gather(1, order)
-        y, segment = self._walk(x, self.open(memory))
-        hiddens = segment.hiddens
-        # Keys and values need not be there beside the logits, the largest tensor by far.
-        del segment
+            embedded = embedded.gather(1, order[..., None].expand_as(embedded))
+        y, hiddens = self._walk(embedded, self._contexts(memory))
         memory = self._write(memory, hiddens, lengths, detach_lmem)
         if back is not None:
             y = y.gather(1, back[..., None].expand_as(y))
@@ -201,19 +205,10 @@ class MemoryTransformerXL(nn.Module):
         Args:
             memories: as returned by `forward`, `write` or `init_memories`.
         """
-        short, long = self._memories(memories, memories.long.shape[0])
-        empty = torch.cat([empty_slots(long), empty_slots(short[0])], 1)
-        absent = empty if may_be_true(empty) else None
-        nothing = short.new_zeros(short.shape[1], 0, self.dim)
-        contexts = []
-        for number, layer in enumerate(self.layers, start=1):
-            if number in self.memory_layers:
-                held = short[self.memory_layers.index(number)]
-                contexts.append(layer.open(held, long, absent))  # type: ignore[operator]
-            else:
-                contexts.append(layer.open(nothing, nothing, None))  # type: ignore[operator]
-        hiddens = short.new_zeros(len(self.memory_layers), short.shape[1], 0, self.dim)
-        return Segment(tuple(contexts), hiddens)
+        memories = self._memories(memories, memories.long.shape[0])
+        layers, batch = memories.short.shape[:2]
+        hiddens = memories.short.new_zeros(layers, batch, 0, self.dim)
+        return Segment(tuple(self._contexts(memories)), hiddens)
 
     def read(self, x: Tensor, segment: Segment) -> tuple[Tensor, Segment]:
         """Read the next tokens of an open segment; nothing is written.
@@ -227,8 +222,10 @@ class MemoryTransformerXL(nn.Module):
             with these tokens.
         """
         self._check_tokens(x, None, before=segment.hiddens.shape[2])
-        y, segment = self._walk(x, segment)
-        return self._logits(y), segment
+        contexts: list[Context] = []
+        y, hiddens = self._walk(self.embed(x), iter(segment.contexts), contexts)
+        segment = Segment(tuple(contexts), torch.cat([segment.hiddens, hiddens], 2))
+        return apply_map(self.to_logits, self.to_embedding(y)), segment
 
     def write(self, memories: ClassicMemory, segment: Segment, *, detach_lmem: bool = False) -> ClassicMemory:
         """End an open segment: the memories after it.
@@ -244,15 +241,34 @@ class MemoryTransformerXL(nn.Module):
         fresh = self.init_memories(batch)
         return fresh if given is None else check_memories(given, fresh, self.mem_len, self.lmem_len)
 
-    def _walk(self, tokens: Tensor, segment: Segment) -> tuple[Tensor, Segment]:
-        x = self.from_embedding(self.embed(tokens))
-        hiddens, contexts = [], []
-        for number, (layer, context) in enumerate(zip(self.layers, segment.contexts, strict=True), start=1):
+    def _contexts(self, memory: ClassicMemory) -> Iterator[Context]:
+        """What each layer reads before the segment, made when it is asked for."""
+        short, long = memory
+        empty = torch.cat([empty_slots(long), empty_slots(short[0])], 1)
+        absent = empty if may_be_true(empty) else None
+        nothing = short.new_zeros(short.shape[1], 0, self.dim)
+        for number, layer in enumerate(self.layers, start=1):
+            if number in self.memory_layers:
+                held = short[self.memory_layers.index(number)]
+                yield layer.open(held, long, absent)  # type: ignore[operator]
+            else:
+                yield layer.open(nothing, nothing, None)  # type: ignore[operator]
+
+    def _walk(
+        self, embedded: Tensor, contexts: Iterator[Context], after: list[Context] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The last layer's output, and the inputs of the memory layers; contexts are put into `after`."""
+        x = self.from_embedding(embedded)
+        hiddens = []
+        for number, layer in enumerate(self.layers, start=1):
             if number in self.memory_layers:
                 hiddens.append(x.detach())
-            x, context = layer(x, context, self.distances)
-            contexts.append(context)
-        return x, Segment(tuple(contexts), torch.cat([segment.hiddens, torch.stack(hiddens)], 2))
+            x, context = layer(x, next(contexts), self.distances)
+            if after is not None:
+                after.append(context)
+            # A layer's keys and values need not be there beside the next one's.
+            del context
+        return x, torch.stack(hiddens)
 
     def _write(
         self, memory: ClassicMemory, hiddens: Tensor, lengths: Tensor | None, detach_lmem: bool
@@ -280,9 +296,6 @@ class MemoryTransformerXL(nn.Module):
             if weights:
                 keep_weights(long, weights)
         return ClassicMemory(newest(queue, held, lengths, self.mem_len), long)
-
-    def _logits(self, y: Tensor) -> Tensor:
-        return self.to_logits(self.to_embedding(y))
 
     def _check_tokens(self, x: Tensor, mask: Tensor | None, *, before: int = 0) -> None:
         if x.dim() != 2:

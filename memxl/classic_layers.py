@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from memxl.classic_recompute import attend, linear_of_gelu
+from memxl.products import apply_map, are_plain
 
 
 class Context(NamedTuple):
@@ -100,7 +101,7 @@ class ClassicAttention(nn.Module):
             context.tokens + time,
             None if context.absent is None else F.pad(context.absent, (0, time), value=False),
         )
-        queries = self._heads(self.to_queries(x)) * self.dim_head**-0.5
+        queries = self._heads(apply_map(self.to_queries, x)) * self.dim_head**-0.5
         attended = attend(
             queries,
             context.keys,
@@ -110,10 +111,10 @@ class ClassicAttention(nn.Module):
             absent=context.absent,
             dropout=self.attn_dropout if self.training else 0.0,
         )
-        return self.dropout(self.to_out(rearrange(attended, "b h t d -> b t (h d)"))), context
+        return self.dropout(apply_map(self.to_out, rearrange(attended, "b h t d -> b t (h d)"))), context
 
     def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.to_keys_values(x).chunk(2, -1)
+        keys, values = apply_map(self.to_keys_values, x).chunk(2, -1)
         return self._heads(keys), self._heads(values)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -132,13 +133,13 @@ class ClassicFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` to `[..., dim]`."""
+        inner = apply_map(self.to_inner, x)
         if self.glu:
-            gate, value = self.to_inner(x).chunk(2, -1)
-            return self.to_out(self.dropout(F.gelu(gate) * value))
-        # An adapter or a quantised map put in its place is more than its weight.
-        if (self.training and self.dropout.p) or type(self.to_out) is not nn.Linear:
-            return self.to_out(self.dropout(F.gelu(self.to_inner(x))))
-        return linear_of_gelu(self.to_inner(x), self.to_out.weight, self.to_out.bias)
+            gate, value = inner.chunk(2, -1)
+            return apply_map(self.to_out, self.dropout(F.gelu(gate) * value))
+        if (self.training and self.dropout.p) or not are_plain(self.to_out):
+            return self.to_out(self.dropout(F.gelu(inner)))
+        return linear_of_gelu(inner, self.to_out.weight, self.to_out.bias)
 
 
 class ClassicBlock(nn.Module):

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from memxl.classic_recompute import gradients_again
+from memxl.products import gradients_again, product
 
 # Rows of logits that stay in the cache while they become probabilities.
 _ROWS = 32
+# Logits that are there at once without a way back, and tokens a row of them has at the least.
+_LOGITS, _TOKENS = 1 << 20, 256
 
 
 def linear_cross_entropy(
@@ -28,8 +30,10 @@ def linear_cross_entropy(
         ignore_index: target that takes no part.
     """
     narrow = x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type)
-    if narrow or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if narrow or torch.compiler.is_compiling():
         return _plain(x, weight, bias, targets, ignore_index)
+    if not torch.is_grad_enabled():
+        return _by_tokens(x, weight, bias, targets, ignore_index)
     return _LinearCrossEntropy.apply(x, weight, bias, targets, ignore_index)
 
 
@@ -40,6 +44,26 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_inde
     return total / (targets != ignore_index).sum().clamp(min=1)
 
 
+def _by_tokens(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """`_plain`, with the logits of some of the tokens at a time."""
+    width = max(_TOKENS, _LOGITS // max(1, len(x)))
+    right, sums = x.new_zeros(len(x)), []
+    for begin, (rows, offsets) in zip(
+        range(0, len(weight), width), zip(weight.split(width), bias.split(width), strict=True), strict=True
+    ):
+        logits = product(x, rows, offsets)
+        places = targets - begin
+        here = (places >= 0) & (places < len(rows))
+        chosen = logits.gather(1, torch.where(here, places, 0)[:, None]).squeeze(1)
+        right = torch.where(here, chosen, right)
+        largest = logits.amax(1, keepdim=True)
+        sums.append(logits.sub_(largest).exp_().sum(1).log_().add_(largest.squeeze(1)))
+    counted = targets != ignore_index
+    losses = torch.stack(sums).logsumexp(0) - right
+    # where, not multiply: the loss at padding may be anything.
+    return torch.where(counted, losses, 0).sum() / counted.sum().clamp(min=1)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Turns the logits into their gradient where they lie; row weights are left to the narrow factors."""
 
@@ -47,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int
     ) -> Tensor:
-        logits = F.linear(x, weight, bias)
+        logits = product(x, weight, bias)
         counted = targets != ignore_index
         places = torch.where(counted, targets, 0)[:, None]
         right = logits.gather(1, places)
@@ -77,7 +101,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return *gradients_again(again, [x, weight, bias], ctx.needs_input_grad[:3], gradient), None, None
         share = (gradient * share)[:, None]
         needed = ctx.needs_input_grad
-        of_x = torch.where(share != 0, of_logits @ weight, 0).mul_(share) if needed[0] else None
+        of_x = None
+        if needed[0]:
+            of_x = torch.where(share != 0, product(of_logits, weight.mT), 0).mul_(share)
         of_weight = of_logits.mT @ (x * share) if needed[1] else None
         of_bias = of_logits.mT @ share[:, 0] if needed[2] else None
         return of_x, of_weight, of_bias, None, None

@@ -8,7 +8,7 @@ differentiated (`create_graph=True`) goes through the plain expressions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,26 +16,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from memxl.products import gradients_again, linear, linear_gradients, product
 
-def position_scores(queries: Tensor, table: Tensor, tokens: int) -> Tensor:
+# Scores that stay in the cache while they are worked on.
+_SCORES = 1 << 18
+
+
+def position_scores(queries: Tensor, rows: Tensor, tokens: int) -> Tensor:
     """Each query's product with the row of each token's distance, in one product and no copy.
 
     Args:
         queries: `[b, h, t, d]`, the last `t` of `tokens` tokens.
-        table: `[h, distances, d]`, the row of distance 0 last.
+        rows: `[h, tokens + 1, d]` from `distance_rows`.
         tokens: how many tokens there are, at most as many as distances.
 
     Returns:
         `[b, h, t, tokens]`; anything where a token lies after the query.
     """
-    batch, heads, time, _ = queries.shape
-    # Of the table's last `tokens` rows, query i meets token j at row j + (t - 1 - i). In products one longer
-    # than that (with a row that is read for no token) the next query's begin exactly where the shift wants
-    # them, so that reading on across the queries is the shift.
+    # Of the last `tokens` rows, query i meets token j at row j + (t - 1 - i). In products one longer than
+    # that (with a row that is read for no token) the next query's begin exactly where the shift wants them,
+    # so that reading on across the queries is the shift.
+    time = queries.shape[-2]
+    products = queries @ rows.mT
+    return products.flatten(-2)[..., time:].unflatten(-1, (time, tokens))
+
+
+def distance_rows(table: Tensor, tokens: int) -> Tensor:
+    """The last `tokens + 1` rows of `[h, distances, d]`, before them a row of zeros if there are too few."""
     missing = max(0, tokens + 1 - table.shape[1])
-    rows = F.pad(table, (0, 0, missing, 0)) if missing else table[:, table.shape[1] - tokens - 1 :]
-    products = queries @ rows.transpose(-1, -2)
-    return products.flatten(-2)[..., time:].view(batch, heads, time, tokens)
+    return F.pad(table, (0, 0, missing, 0)) if missing else table[:, table.shape[1] - tokens - 1 :]
 
 
 def attend(
@@ -64,19 +73,21 @@ def attend(
     """
     inputs = (queries, keys, values, table)
     learns = torch.is_grad_enabled() and any(part.requires_grad for part in inputs)
-    if not learns:
+    if queries.device.type != "cpu" or torch.compiler.is_compiling():
+        # Compilers and other devices have their own ways.
         return _attend_fused(*inputs, tokens=tokens, absent=absent, dropout=dropout)
-    if dropout or queries.device.type != "cpu" or torch.compiler.is_compiling():
-        # Another draw would be another result; compilers and other devices have their own ways.
-        plain = _attend_plainly if queries.device.type == "cpu" else _attend_fused
-        return plain(*inputs, tokens=tokens, absent=absent, dropout=dropout)
+    if not learns:
+        return _attend_by_parts(*inputs, tokens=tokens, absent=absent, dropout=dropout)
+    if dropout:
+        # Another draw would be another result.
+        return _attend_plainly(*inputs, tokens=tokens, absent=absent, dropout=dropout)
     # No fused kernel here has a gradient for the bias, and the plain expression keeps its weights, which are
     # by far the largest thing a layer keeps.
     return _Attention.apply(*inputs, tokens, absent)
 
 
 class _Attention(torch.autograd.Function):
-    """`_attend_fused`, and back through `_attend_plainly`."""
+    """`_attend_by_parts`, and back part by part."""
 
     @staticmethod
     def forward(
@@ -88,18 +99,71 @@ class _Attention(torch.autograd.Function):
         tokens: int,
         absent: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(queries, keys, values, table, absent)  # type: ignore[arg-type]
+        found = _attend_by_parts(queries, keys, values, table, tokens=tokens, absent=absent, dropout=0.0)
+        ctx.save_for_backward(queries, keys, values, table, absent, found)  # type: ignore[arg-type]
         ctx.tokens = tokens  # type: ignore[attr-defined]
-        return _attend_fused(queries, keys, values, table, tokens=tokens, absent=absent, dropout=0.0)
+        return found
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, absent = ctx.saved_tensors
+        queries, keys, values, table, absent, found = ctx.saved_tensors
+        inputs, needed = [queries, keys, values, table], ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
 
-        def again(*parts: Tensor) -> Tensor:
-            return _attend_plainly(*parts, tokens=ctx.tokens, absent=absent, dropout=0.0)
+            def again(*parts: Tensor) -> Tensor:
+                return _attend_plainly(*parts, tokens=ctx.tokens, absent=absent, dropout=0.0)
 
-        return *gradients_again(again, inputs, ctx.needs_input_grad[:4], gradient), None, None
+            return *gradients_again(again, inputs, needed, gradient), None, None
+        rows = distance_rows(table, ctx.tokens)
+        of_queries, of_keys, of_values, of_rows = (
+            torch.zeros_like(part) for part in (queries, keys, values, rows)
+        )
+        # What the softmax takes off all scores of a query: the mean of their gradients, by its output.
+        means = (gradient * found).sum(-1, keepdim=True)
+        for batch, heads, shared in _parts(queries, keys):
+            asked, far, own = queries[batch, heads], rows[heads], keys[batch, shared]
+            of_output = gradient[batch, heads]
+            missing = None if absent is None else absent[batch]
+            scores = _bias(asked, far, own.shape[2], ctx.tokens, missing)
+            weights = scores.add_(asked @ own.mT).softmax(-1)
+            _collect(of_values[batch, shared], weights.mT @ of_output)
+            of_scores = (of_output @ values[batch, shared].mT).sub_(means[batch, heads]).mul_(weights)
+            _collect(of_keys[batch, shared], of_scores.mT @ asked)
+            of_products = _shifted_back(of_scores, ctx.tokens)
+            of_queries[batch, heads] = (of_scores @ own).add_(of_products @ far)
+            of_rows[heads] += (of_products.mT @ asked).sum(0)
+        # Of the table only the rows that are in use, and not the one that was put before them.
+        unused = table.shape[1] - min(ctx.tokens + 1, table.shape[1])
+        of_table = F.pad(of_rows[:, max(0, rows.shape[1] - table.shape[1]) :], (0, 0, unused, 0))
+        gradients = (of_queries, of_keys, of_values, of_table)
+        return *(part if need else None for part, need in zip(gradients, needed, strict=True)), None, None
+
+
+def _parts(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows of the batch, heads, and heads of their keys, that are worked on together."""
+    batch, heads, time, _ = queries.shape
+    scores = time * keys.shape[2]
+    # Fewer heads than threads would leave some idle.
+    together = max(1, torch.get_num_threads(), _SCORES // max(1, scores))
+    rows = max(1, min(batch, together // heads))
+    for row in range(0, batch, rows):
+        for head in range(0, heads, min(heads, together)):
+            of_heads = slice(head, min(heads, head + together))
+            yield slice(row, row + rows), of_heads, of_heads if keys.shape[1] > 1 else slice(0, 1)
+
+
+def _collect(total: Tensor, part: Tensor) -> None:
+    # One head of keys takes what all heads of queries have for it.
+    total += part if total.shape[1] == part.shape[1] else part.sum(1, keepdim=True)
+
+
+def _shifted_back(of_scores: Tensor, tokens: int) -> Tensor:
+    """Gradient of the products in `position_scores`, from that of all scores."""
+    time = of_scores.shape[-2]
+    products = of_scores.new_empty(*of_scores.shape[:-2], time * (tokens + 1))
+    products[..., :time] = 0
+    products[..., time:].unflatten(-1, (time, tokens)).copy_(of_scores[..., of_scores.shape[-1] - tokens :])
+    return products.unflatten(-1, (time, tokens + 1))
 
 
 def linear_of_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -109,7 +173,7 @@ def linear_of_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled(x.device.type)
     ):
-        return F.linear(F.gelu(x), weight, bias)
+        return linear(F.gelu(x), weight, bias)
     return _LinearOfGELU.apply(x, weight, bias)
 
 
@@ -119,7 +183,7 @@ class _LinearOfGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        return F.linear(F.gelu(x), weight, bias)
+        return product(F.gelu(x), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -131,25 +195,35 @@ class _LinearOfGELU(torch.autograd.Function):
                 return F.linear(F.gelu(parts[0]), parts[1], parts[2])
 
             return gradients_again(again, [x, weight, bias], needed, gradient)
-        rows = gradient.flatten(0, -2)
-        of_weight = rows.mT @ F.gelu(x).flatten(0, -2) if needed[1] else None
-        of_bias = rows.sum(0) if needed[2] else None
-        of_x = torch.ops.aten.gelu_backward(gradient @ weight, x) if needed[0] else None
+        of_inner, of_weight, of_bias = linear_gradients(gradient, F.gelu(x), weight, needed)
+        of_x = None if of_inner is None else torch.ops.aten.gelu_backward(of_inner, x)
         return of_x, of_weight, of_bias
 
 
-def gradients_again(
-    function: Callable[..., Tensor], inputs: list[Tensor], needed: tuple[bool, ...], gradient: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients of `function(*inputs)`, which is computed once more; None where not `needed`."""
-    twice = torch.is_grad_enabled()
-    if not twice:
-        inputs = [part.detach().requires_grad_(need) for part, need in zip(inputs, needed, strict=True)]
-    with torch.enable_grad():
-        result = function(*inputs)
-    wanted = [part for part, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(result, wanted, gradient, create_graph=twice))
-    return tuple(next(found) if need else None for need in needed)
+def _attend_by_parts(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    *,
+    tokens: int,
+    absent: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """`_attend_fused` whose bias is never there as a whole."""
+    batch, heads, time, width = queries.shape
+    found = queries.new_empty(batch, time, heads, width).transpose(1, 2)
+    for row, of_heads, shared in _parts(queries, keys):
+        found[row, of_heads] = _attend_fused(
+            queries[row, of_heads],
+            keys[row, shared],
+            values[row, shared],
+            table[of_heads],
+            tokens=tokens,
+            absent=None if absent is None else absent[row],
+            dropout=dropout,
+        )
+    return found
 
 
 def _attend_fused(
@@ -167,7 +241,7 @@ def _attend_fused(
         queries,
         keys.expand(-1, heads, -1, -1),
         values.expand(-1, heads, -1, -1),
-        attn_mask=_bias(queries, table, keys.shape[2], tokens, absent),
+        attn_mask=_bias(queries, distance_rows(table, tokens), keys.shape[2], tokens, absent),
         dropout_p=dropout,
         scale=1.0,
     )
@@ -184,17 +258,18 @@ def _attend_plainly(
     dropout: float,
 ) -> Tensor:
     scores = queries @ keys.transpose(-1, -2)
-    scores += _bias(queries, table, keys.shape[2], tokens, absent)
+    scores += _bias(queries, distance_rows(table, tokens), keys.shape[2], tokens, absent)
     return F.dropout(scores.softmax(-1), dropout) @ values
 
 
-def _bias(queries: Tensor, table: Tensor, keys: int, tokens: int, absent: Tensor | None) -> Tensor:
+def _bias(queries: Tensor, rows: Tensor, keys: int, tokens: int, absent: Tensor | None) -> Tensor:
     """What to add to the scores `[b, h, t, keys]`: the term by distance, minus infinity at what is unseen."""
     time = queries.shape[2]
-    bias = F.pad(position_scores(queries, table, tokens), (keys - tokens, 0))
-    blocked = torch.full((time, keys), -torch.inf, device=queries.device, dtype=queries.dtype)
-    blocked = blocked.triu(keys - time + 1)
+    bias = queries.new_empty(*queries.shape[:3], keys)
+    bias[..., : keys - tokens] = 0
+    bias[..., keys - tokens :] = position_scores(queries, rows, tokens)
+    later = torch.ones(time, time, dtype=torch.bool, device=queries.device).triu(1)
+    bias[..., keys - time :].masked_fill_(later, -torch.inf)
     if absent is not None:
-        blocked = blocked.masked_fill(absent[:, None, None], -torch.inf)
-    bias += blocked
+        bias.masked_fill_(absent[:, None, None], -torch.inf)
     return bias

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from memxl.classic_layers import empty_slots, uniform
 from memxl.gates import NBRCGate
+from memxl.products import apply_map, are_plain, linear
 
 WRITE_HEADS = 4
 
@@ -55,28 +56,33 @@ class ClassicWriter(nn.Module):
         seen, weight = self._read_hiddens(hiddens, absent)
         for _ in range(self.iterations):
             x = F.layer_norm(long + self.places.to(long.dtype), long.shape[-1:])
-            own, own_weight = _summary(self.to_keys_values(x))
+            own, own_weight = _summary(apply_map(self.to_keys_values, x))
             # Two softmaxes over parts of a sequence join by their log-sum-exps to one over the whole.
             context = torch.lerp(own, seen, torch.sigmoid(weight - own_weight)[..., None])
-            queries = rearrange(self.to_queries(x), "b s (h d) -> b h s d", h=WRITE_HEADS).softmax(-1)
+            queries = apply_map(self.to_queries, x)
+            queries = rearrange(queries, "b s (h d) -> b h s d", h=WRITE_HEADS).softmax(-1)
             read = rearrange(queries @ context, "b h s d -> b s (h d)")
-            long = self.gate(self.to_out(read), long)
+            long = self.gate(apply_map(self.to_out, read), long)
         return long
 
     def _read_hiddens(self, hiddens: Tensor, absent: Tensor | None) -> tuple[Tensor, Tensor]:
-        layers = hiddens.shape[0]
         # W (hidden + depth), taken apart: hiddens need no gradient, so that only the depths pay for one.
-        pairs = self.to_keys_values(hiddens)
-        pairs += self.to_keys_values(self.depths)[:, None, None]
+        parts = [
+            linear(hidden, self.to_keys_values.weight, offset)
+            if are_plain(self.to_keys_values)
+            else self.to_keys_values(hidden) + offset
+            for hidden, offset in zip(hiddens, self.to_keys_values(self.depths), strict=True)
+        ]
         if absent is not None:
             # Finite, so that a row with nothing to write has no NaN in what it then throws away.
-            least = torch.finfo(pairs.dtype).min
-            keys, values = pairs.chunk(2, -1)
-            pairs = torch.cat([keys.masked_fill(absent[..., None], least), values], -1)
-        pairs = rearrange(pairs, "l b n e -> b (l n) e", l=layers)
+            least = torch.finfo(parts[0].dtype).min
+            for index, part in enumerate(parts):
+                keys, values = part.chunk(2, -1)
+                parts[index] = torch.cat([keys.masked_fill(absent[..., None], least), values], -1)
         if len(self.persistent):
-            own = self.to_keys_values(self.persistent.to(pairs.dtype)).expand(pairs.shape[0], -1, -1)
-            pairs = torch.cat([pairs, own], 1)
+            own = self.to_keys_values(self.persistent.to(hiddens.dtype))
+            parts.append(own.expand(hiddens.shape[1], -1, -1))
+        pairs = torch.cat(parts, 1)
         return _summary(pairs)
 
 

@@ -11,6 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from memxl.nbrc import nbrc, nbrc_of_sums
+from memxl.products import are_plain
+
 GateKind = Literal["gru", "nbrc"]
 
 
@@ -63,13 +66,12 @@ class NBRCGate(nn.Module):
 
     def forward(self, candidate: Tensor, state: Tensor) -> Tensor:
         """Blend `candidate` `[..., dim]` into `state` `[..., dim]`."""
+        if are_plain(self.from_candidate, self.from_state):
+            first, second = self.from_candidate, self.from_state
+            return nbrc(candidate, state, first.weight, first.bias, second.weight)
         feedback, keep, new = self.from_candidate(candidate).chunk(3, -1)
         feedback_of_state, keep_of_state = self.from_state(state).chunk(2, -1)
-        feedback = torch.tanh(feedback + feedback_of_state)
-        keep = torch.sigmoid(keep + keep_of_state)
-        # a * h, with a = 1 + feedback, in two terms: nothing but the feedback is kept for the way back.
-        new = torch.tanh(new + state + feedback * state)
-        return torch.lerp(new.to(state.dtype), state, keep.to(state.dtype))
+        return nbrc_of_sums(feedback + feedback_of_state, keep + keep_of_state, new, state)
 
 
 class Mogrifier(nn.Module):

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from benchmarks.speed import Case, Work
@@ -30,32 +29,37 @@ _COMPARED = {
 
 
 def cases() -> list[Case]:
-    """Four segments forward, and with one backward pass through all of them."""
+    """Four segments forward to their logits, to their losses, and with one backward pass through them all."""
     from benchmarks.speed import Case
 
+    kinds = {
+        "forward": {"losses": False, "backward": False},
+        "loss": {"losses": True, "backward": False},
+        "forward+backward": {"losses": True, "backward": True},
+    }
     return [
         Case(
-            name=f"memxl/{'forward+backward' if backward else 'forward'}/s{SEGMENTS}x{LENGTH}",
+            name=f"memxl/{kind}/s{SEGMENTS}x{LENGTH}",
             package="memory-transformer-xl",
-            settings={"segments": SEGMENTS, "backward": backward, "seed": 0},
-            work=least_work(segments=SEGMENTS, backward=backward),
+            settings={"segments": SEGMENTS, **settings, "seed": 0},
+            work=least_work(segments=SEGMENTS, **settings),
             faster=1.5,
             leaner=1 / 0.6,
-            note="compared: the first segment's logits and gradients, for the package writes its long memory "
-            "with its heads merged wrongly and reads the short one without the norm "
-            "(docs/memxl-published.md); the work of later segments is the same",
+            note="losses and gradients by `AutoregressiveWrapper`, logits by the model's call; compared: the "
+            "first segment's, for the package writes its long memory with its heads merged wrongly and reads "
+            "the short one without the norm (docs/memxl-published.md); later segments are the same work",
         )
-        for backward in (False, True)
+        for kind, settings in kinds.items()
     ]
 
 
-def least_work(*, segments: int, backward: bool) -> Work:
+def least_work(*, segments: int, backward: bool, losses: bool = False) -> Work:
     """Operations and bytes of a step: every product forward, and with gradients twice as much backward.
 
     What lies in the memories takes no gradient but for the long one, so that the keys and values made of
     short memory cost a pass less. Products of the causal attention within a segment are halved, products
-    with distances counted as those with keys. Of bytes the weights are read in every pass, gradients and
-    logits written.
+    with distances counted as those with keys. Of bytes the weights are read in every pass, gradients and,
+    where no loss stands in for them, logits written.
     """
     from benchmarks.speed import Work
 
@@ -84,7 +88,8 @@ def least_work(*, segments: int, backward: bool) -> Work:
             # Keys and values of what was written are the same in every write of a segment but for the slots.
             count += passes * WRITES * once + min(passes, 2) * 2 * written * square
     weights = 2 * TOKENS * DIM + DEPTH * (4 + 8 + 10) * square + 9 * square
-    bytes_moved = 4 * (weights * (3 if backward else 1) + segments * LENGTH * TOKENS * passes)
+    logits = 0 if losses else segments * LENGTH * TOKENS
+    bytes_moved = 4 * (weights * (3 if backward else 1) + logits * passes)
     return Work(operations=2 * (count + forward), bytes=bytes_moved)
 
 
@@ -107,33 +112,37 @@ def theirs(settings: Mapping[str, Any], weights: str) -> Reading:
     from memory_transformer_xl import (  # type: ignore[import-not-found, unused-ignore]
         MemoryTransformerXL,
     )
+    from memory_transformer_xl.autoregressive_wrapper import (  # type: ignore[import-not-found, unused-ignore]
+        AutoregressiveWrapper,
+    )
 
     torch.manual_seed(settings["seed"])
     model = MemoryTransformerXL(**_options())
     torch.save(model.state_dict(), weights)
-    return Reading(model, settings, names=_COMPARED)
+    return Reading(AutoregressiveWrapper(model), settings, names=_COMPARED)
 
 
 def ours(settings: Mapping[str, Any], weights: str) -> Reading:
     """Our model with the published one's weights."""
-    from memxl import MemoryTransformerXL, load_published
+    from memxl import AutoregressiveWrapper, MemoryTransformerXL, load_published
 
     model = MemoryTransformerXL(**_options())
     load_published(model, torch.load(weights, weights_only=True))
-    return Reading(model, settings, names={name: name for name in _COMPARED.values()})
+    return Reading(AutoregressiveWrapper(model), settings, names={name: name for name in _COMPARED.values()})
 
 
 class Reading:
     """Reads the segments one after the other, from an empty memory, and learns from all of them at the end.
 
     Args:
-        model: of either side.
+        wrapper: `AutoregressiveWrapper` of either side.
         settings: what `cases` put into the case.
         names: parameters of the model whose gradients are compared, and ours that correspond to them.
     """
 
-    def __init__(self, model: nn.Module, settings: Mapping[str, Any], *, names: Mapping[str, str]) -> None:
-        self.model, self.names = model, names
+    def __init__(self, wrapper: Any, settings: Mapping[str, Any], *, names: Mapping[str, str]) -> None:
+        self.wrapper, self.names = wrapper, names
+        self.losses: bool = settings["losses"]
         self.backward: bool = settings["backward"]
         generator = torch.Generator().manual_seed(settings["seed"] + 1)
         self.tokens = torch.randint(TOKENS, (1, settings["segments"] * LENGTH + 1), generator=generator)
@@ -145,30 +154,36 @@ class Reading:
     def warm_up(self) -> None:
         """The same on a few tokens."""
         self._read(self.tokens[:, :17])
-        self.model.zero_grad(set_to_none=True)
+        self.wrapper.zero_grad(set_to_none=True)
 
     def results(self) -> dict[str, Tensor]:
-        """Logits of the first segment, and its gradients."""
+        """Logits, loss and gradients of the first segment."""
+        first = self.tokens[:, : LENGTH + 1]
         with torch.no_grad():
-            found = {"output": self.model(self.tokens[:, :LENGTH])[0]}
+            found = {"output": self.wrapper.net(first[:, :-1])[0]}
+        if self.losses:
+            found["loss"] = self._read(first)[None]
         if self.backward:
-            self._read(self.tokens[:, : LENGTH + 1])
             for name, common in self.names.items():
-                gradient = self.model.get_parameter(name).grad
+                gradient = self.wrapper.net.get_parameter(name).grad
                 if gradient is None:
                     raise RuntimeError(f"no gradient reached {name}")
                 found[f"gradient of {common}"] = gradient
         return found
 
-    def _read(self, tokens: Tensor) -> None:
-        memory, loss = None, torch.zeros(())
-        self.model.zero_grad(set_to_none=True)
-        segments = tokens[:, :-1].split(LENGTH, dim=1)
+    def _read(self, tokens: Tensor) -> Tensor:
+        self.wrapper.zero_grad(set_to_none=True)
+        total = torch.zeros(())
         with torch.set_grad_enabled(self.backward):
-            for segment, labels in zip(segments, tokens[:, 1:].split(LENGTH, dim=1), strict=True):
-                logits, memory = self.model(segment, memory)
-                if self.backward:
-                    loss = loss + F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-                del logits
+            if self.losses:
+                for loss, _ in self.wrapper(tokens, return_loss=True):
+                    total = total + loss
+                    del loss
+            else:
+                memory = None
+                for segment in tokens[:, :-1].split(LENGTH, dim=1):
+                    # The logits go before the next segment's come.
+                    memory = self.wrapper.net(segment, memory)[1]
         if self.backward:
-            loss.backward()
+            total.backward()
+        return total.detach()

@@ -64,7 +64,7 @@ def test_the_models_carry_their_bars() -> None:
     assert beside.package == OURS
     assert beside.faster == pytest.approx(1 / 1.35)
     assert beside.leaner == 2
-    for kind in ("forward", "forward+backward"):
+    for kind in ("forward", "loss", "forward+backward"):
         case = found[f"memxl/{kind}/s4x256"]
         assert case.faster == 1.5
         assert case.leaner == pytest.approx(1 / 0.6)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memxl import AutoregressiveWrapper, ClassicMemory, MemoryTransformerXL
+from memxl import AutoregressiveWrapper, ClassicMemory, MemoryTransformerXL, classic_loss, classic_recompute
 from memxl.classic_loss import linear_cross_entropy
 from memxl.classic_recompute import attend, linear_of_gelu
 from memxl.classic_writer import copied_weights
@@ -63,7 +63,10 @@ def one_by_one(
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_attention(kv_heads: int, ragged: bool) -> None:
+@pytest.mark.parametrize("scores", [1 << 18, 60, 1], ids=["whole", "by row", "by head"])
+def test_attention(kv_heads: int, ragged: bool, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classic_recompute, "_SCORES", scores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     queries, keys, values = draw(2, 2, 3, 4), draw(2, kv_heads, 8, 4), draw(2, kv_heads, 8, 4)
     table = draw(2, 6, 4)
     absent = None
@@ -76,6 +79,13 @@ def test_attention(kv_heads: int, ragged: bool) -> None:
     with torch.no_grad():
         without = attend(queries, keys, values, table, tokens=6, absent=absent, dropout=0.0)
     torch.testing.assert_close(without, expected, rtol=0, atol=1e-12)
+
+
+def test_attention_over_part_of_the_table() -> None:
+    queries, keys, values, table = draw(1, 2, 3, 4), draw(1, 2, 5, 4), draw(1, 2, 5, 4), draw(2, 9, 4)
+    found = attend(queries, keys, values, table, tokens=5, absent=None, dropout=0.0)
+    expected = one_by_one(queries, keys, values, table, 5, None)
+    assert_alike(found, expected, [queries, keys, values, table])
 
 
 def test_attention_of_inputs_that_need_no_gradient() -> None:
@@ -107,6 +117,23 @@ def test_loss(ignored: list[int]) -> None:
         return
     expected = F.cross_entropy(F.linear(x, weight, bias), targets)
     assert_alike(found, expected, [x, weight, bias])
+
+
+@pytest.mark.parametrize("ignored", [[], [0, 5, 69], list(range(70))], ids=["none", "some", "all"])
+def test_loss_without_a_way_back_is_summed_by_parts_of_the_vocabulary(
+    ignored: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classic_loss, "_TOKENS", 4)
+    monkeypatch.setattr(classic_loss, "_LOGITS", 1)
+    x, weight, bias = (30 * draw(70, 6)).detach(), draw(11, 6), draw(11)
+    targets = torch.randint(11, (70,))
+    targets[ignored] = -100
+    x[ignored] = torch.nan
+    counted = targets != -100
+    with torch.no_grad():
+        found = linear_cross_entropy(x, weight, bias, targets, ignore_index=-100)
+        total = F.cross_entropy(F.linear(x[counted], weight, bias), targets[counted], reduction="sum")
+    torch.testing.assert_close(found, total / max(1, 70 - len(ignored)), rtol=1e-12, atol=1e-12)
 
 
 def test_loss_of_ignored_rows_that_are_not_finite_or_far_apart() -> None:
@@ -142,8 +169,9 @@ def test_attention_weights_are_not_kept() -> None:
     def run() -> Tensor:
         return attend(queries, keys, keys, table, tokens=256, absent=None, dropout=0.0)
 
-    inputs = sum(part.numel() * 8 for part in (queries, keys, table))
-    assert saved_bytes(run) <= inputs < 2 * 64 * 256 * 8
+    # The result too, which the map behind it keeps in any case.
+    parts = sum(part.numel() * 8 for part in (queries, keys, table, run()))
+    assert saved_bytes(run) <= parts < 2 * 64 * 256 * 8
 
 
 def build() -> MemoryTransformerXL:

@@ -161,7 +161,8 @@ def test_a_segment_that_is_open_writes_nothing() -> None:
 
 
 def test_the_short_memory_is_what_entered_each_layer_last() -> None:
-    made, entered = model(mem_len=7, depth=3), {}
+    made = model(mem_len=7, depth=3)
+    entered: dict[int, list[Tensor]] = {}
     for layer, attention in enumerate(made.trunk.attentions):
         entered[layer] = []
         attention.register_forward_pre_hook(lambda _, args, seen=entered[layer]: seen.append(args[0]))
@@ -258,6 +259,57 @@ def test_the_long_memory_is_bounded_and_still_written_after_ten_thousand_segment
             _, memory = unroll(made, 5 * torch.randn(1, 2000, DIM), memory)
             assert float(memory.long.abs().max()) <= limit, begin
         assert float(written(memory)) > 0.1 * float(early)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_long_memory_is_still_read_right_after_ten_thousand_segments() -> None:
+    """Each segment begins with a symbol and ends with the question which one began the last but one.
+
+    There is no short memory, so that what is found was in the slots, and written there over one write more.
+    """
+    torch.manual_seed(0)
+    symbols, gap = 8, 2
+    options = {"dim": 16, "depth": 1, "segment_length": 3, "mem_len": 0, "lmem_len": 4}
+    made = create(TARGET, **(OPTIONS | options))
+    embed, head = torch.nn.Embedding(symbols + 2, 16), torch.nn.Linear(16, symbols)
+
+    def draw(rows: int, segments: int) -> tuple[Tensor, Tensor]:
+        drawn = torch.randint(symbols, (rows, segments))
+        tokens = torch.full((rows, segments, 3), symbols)
+        tokens[:, :, 0], tokens[:, :, -1] = drawn, symbols + 1
+        return drawn, embed(tokens)
+
+    parameters = [*made.parameters(), *embed.parameters(), *head.parameters()]
+    optimiser = torch.optim.Adam(parameters, lr=5e-3)
+    for _ in range(300):
+        drawn, x = draw(64, 8)
+        y = unroll(made, x.flatten(1, 2))[0].unflatten(1, (8, 3))
+        answers = head(y[:, gap:, -1])
+        loss = torch.nn.functional.cross_entropy(answers.flatten(0, 1), drawn[:, :-gap].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+
+    def share(memory: Any, segments: int) -> tuple[float, Any]:
+        drawn, x = draw(2, segments)
+        y, memory = unroll(made, x.flatten(1, 2), memory)
+        right = head(y.unflatten(1, (segments, 3))[:, gap:, -1]).argmax(-1) == drawn[:, :-gap]
+        return float(right.float().mean()), memory
+
+    made.eval()
+    with torch.no_grad():
+        early, memory = share(made.init_memory(2), 100)
+        for _ in range(9):
+            _, memory = share(memory, 1100)
+        late, _ = share(memory, 100)
+        drawn, x = draw(100, 1 + gap)
+        # A memory that was emptied leaves one guess of eight.
+        guessed = head(made(x[:, gap])[0][:, -1]).argmax(-1) == drawn[:, 0]
+    assert early > 0.95
+    assert late > 0.95
+    assert float(guessed.float().mean()) < 0.4
 
 
 def test_in_bfloat16_small_changes_add_up() -> None:
