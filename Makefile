@@ -10,7 +10,7 @@ PEERS_READY := $(PEERS)/.ready
 # The environment variable, unlike -c, also pins what builds the package.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: help setup compare study smoke speed peers test test-all lint format wheel clean
+.PHONY: help setup compare study smoke speed peers test test-all lint format docs wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,8 +62,11 @@ format: $(READY)  ## let ruff put things in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY)  ## build the documentation site into site/ (open site/index.html)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 wheel: $(READY)  ## build the wheel and check what it installs
 	$(BIN)/python .ci/check_wheel.py
 
 clean:  ## remove environments, caches and builds (results stay)
-	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

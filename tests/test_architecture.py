@@ -32,6 +32,8 @@ SLOW = (
     "accelerate",
     "huggingface_hub",
     "ray",
+    "gymnasium",
+    "popgym",
 )
 # Imported by name only, by those who have transformers.
 OPTIONAL = ROOT / "memory_models" / "hf"

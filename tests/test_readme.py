@@ -20,12 +20,17 @@ COMMANDS = [
     for line in code.splitlines()
     if line and not line.startswith("#")
 ]
-# Behind the README's own words, where the last one counts: every run is a process, and starting it takes seconds.
+# Behind the README's own words, where the last one counts: each run is a process that takes seconds to start.
 SMALL = {
     "compare": ["--smoke", "--seeds", "0", "--models", "memorizing", "window"],
     "run": ["--smoke"],
     "sweep": ["--smoke"],
     "cost": ["--smoke", "--lengths", "32"],
+    "train": [
+        *("--steps", "2", "--sample-tokens", "0"),
+        *("--set", "dim=16", "depth=1", "heads=2", "segment_length=8"),
+    ],
+    "generate": ["--tokens", "5"],
 }
 BENCH = [sys.executable, "-c", "import sys; from benchmarks.cli import main; sys.exit(main())"]
 
@@ -59,7 +64,10 @@ def test_the_bench_commands_run(tmp_path: Path) -> None:
     text.parent.mkdir(parents=True)
     import gzip
 
-    words = " ".join(f"identifier_{i % 97} = remember({i % 13})\n" for i in range(4000))
+    words = "".join(
+        ("  <page>\n" if i % 200 == 0 else "") + f"identifier_{i % 97} = remember({i % 13})\n"
+        for i in range(4000)
+    )
     text.write_bytes(gzip.compress(words.encode()))
     lines = [c for c in COMMANDS if c.startswith("memory-bench")]
     assert any(" list" in line for line in lines)
