@@ -264,10 +264,12 @@ class AccuracyScorer(Scorer):
 
 
 def accuracies(groups: Sequence[str], values: Sequence[float], distant: Sequence[int]) -> dict[str, float]:
-    """A value per group, with the mean and the worst over those that need a memory."""
+    """A value per group, NaN where nothing was asked, with mean and worst of the others that need a memory."""
     by_group = {f"accuracy/{group}": value for group, value in zip(groups, values, strict=True)}
-    far = np.array([values[i] for i in distant])
-    return {**by_group, "mean accuracy": float(far.mean()), "worst accuracy": float(far.min())}
+    # In long sequences the longest gaps may never occur.
+    far = np.array([values[i] for i in distant if not np.isnan(values[i])])
+    mean, worst = (float(far.mean()), float(far.min())) if far.size else (np.nan, np.nan)
+    return {**by_group, "mean accuracy": mean, "worst accuracy": worst}
 
 
 def accuracy_metrics(groups: Sequence[str]) -> tuple[Metric, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -278,6 +279,19 @@ def test_accuracy_counts_only_what_is_asked_in_a_group() -> None:
     expected = {"accuracy/a": 1.0, "accuracy/b": 2 / 3, "accuracy/c": 0.5}
     assert scorer.result() == pytest.approx({**expected, "mean accuracy": 7 / 12, "worst accuracy": 0.5})
     assert list(scorer.counts().values()) == [1, 3, 2, 5, 5]
+
+
+def test_a_group_in_which_nothing_is_asked_is_left_out_of_mean_and_worst() -> None:
+    labels, groups = torch.tensor([[0, 1, 1, 2]]), torch.tensor([[0, 1, 1, 2]])
+    batch = Batch(tokens=labels, labels=labels, groups=groups)
+    scorer = AccuracyScorer(["a", "b", "c", "never"], distant=[1, 2, 3])
+    scorer.update(one_hot_logits(torch.tensor([[0, 1, 0, 2]]), 3), batch)
+    result = scorer.result()
+    assert math.isnan(result["accuracy/never"])
+    assert (result["mean accuracy"], result["worst accuracy"]) == (0.75, 0.5)
+    nothing = AccuracyScorer(["a", "never"], distant=[1])
+    nothing.update(one_hot_logits(labels, 3), dataclasses.replace(batch, groups=torch.zeros_like(groups)))
+    assert math.isnan(nothing.result()["mean accuracy"])
 
 
 def test_a_batch_moves_as_a_whole() -> None:
