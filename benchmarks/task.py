@@ -264,7 +264,7 @@ class AccuracyScorer(Scorer):
 
 
 def accuracies(groups: Sequence[str], values: Sequence[float], distant: Sequence[int]) -> dict[str, float]:
-    """A value per group, NaN where nothing was asked, with mean and worst of the others that need a memory."""
+    """A value per group, NaN where nothing was asked; mean and worst of the others that need a memory."""
     by_group = {f"accuracy/{group}": value for group, value in zip(groups, values, strict=True)}
     # In long sequences the longest gaps may never occur.
     far = np.array([values[i] for i in distant if not np.isnan(values[i])])

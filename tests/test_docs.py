@@ -86,7 +86,7 @@ def section(page: Path, heading: str) -> str:
 def commands() -> list[str]:
     return [
         line
-        for page in PAGES
+        for page in (*PAGES, ROOT / "README.md")
         for block in blocks(page)
         if block.language == "sh"
         for line in block.code.splitlines()

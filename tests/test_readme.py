@@ -58,6 +58,9 @@ def test_the_make_commands_name_targets(command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+# Their words are read by tests/test_docs.py, and each command runs in a test of its own, with less to start.
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_bench_commands_run(tmp_path: Path) -> None:
     # The same words, small: --smoke for what trains, and a file that is there for what reads one.
     text = tmp_path / "path" / "to" / "enwik8.gz"

@@ -142,7 +142,7 @@ def test_an_interrupted_comparison_saves_itself_and_says_how_to_go_on(tmp_path: 
         lambda: all((read_json(f / "progress.json") or {}).get("step", 0) > 2 for f in folders), process
     )
     os.kill(process.pid, number)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=200)
     assert process.returncode == 130
     assert "0 of 2 runs are finished, the others saved" in said
     assert "memory-bench compare --models" in said
