@@ -31,7 +31,7 @@ _CENTRES, _NOISE = 256, 0.3
 _SCALE = 20.0  # of the attention, as the published layer has it at first
 _CHUNKS = 16  # so many different ones are added in turn
 _ROOM = 64  # adds that the published memory has room for
-_PROBES = 8  # inverted lists read for each query
+_PROBES = {"262k": 4}  # inverted lists read for each query, as few as the recall allows; 8 for other sizes
 _CHECKED = 256  # queries of a row by which the recall is measured
 
 
@@ -51,7 +51,7 @@ def _lookups() -> Iterator[Case]:
             faster=3.0 if index == "ivf" else None,
             near_limit=NEAR_LIMIT[size] if index == "exact" else None,
             note="ours returns scores and ids; the published search can only lay the pairs out"
-            + (f"; {_PROBES} lists are read for each query (by default 16)" if index == "ivf" else ""),
+            + (f"; {_probes(SIZES[size])} lists read a query (by default 16)" if index == "ivf" else ""),
         )
     for size in ("2k", "16k"):
         yield _case(
@@ -159,6 +159,10 @@ def _case(
         recall=LISTS_RECALL if index == "ivf" and held >= 4096 else EXACT_RECALL,
         **fields,
     )
+
+
+def _probes(held: int) -> int:
+    return next((few for size, few in _PROBES.items() if SIZES[size] == held), 8)
 
 
 def least_work(*, step: str, index: str, rows: int, held: int, queries: int) -> Work:
@@ -337,7 +341,7 @@ class OurStore:
             capacity,
             settings["rows"],
             index=settings["index"],
-            faiss_options=FaissOptions(probes=_PROBES) if settings["index"] == "ivf" else None,
+            faiss_options=FaissOptions(probes=_probes(capacity)) if settings["index"] == "ivf" else None,
         )
 
     def add(self, pairs: Tensor) -> None:
