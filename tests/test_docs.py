@@ -371,7 +371,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_the_site_builds_and_its_links_lead_somewhere(site: Path) -> None:
     pages = {page: page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
     names = {page: {*re.findall(r'\sid="([^"]+)"', text)} for page, text in pages.items()}
@@ -391,7 +390,6 @@ def test_the_site_builds_and_its_links_lead_somewhere(site: Path) -> None:
     assert not lost
 
 
-@pytest.mark.slow
 def test_the_site_fetches_nothing_from_other_hosts(site: Path) -> None:
     fetched = []
     for page in site.rglob("*.html"):
