@@ -135,14 +135,21 @@ def test_an_interrupted_comparison_saves_itself_and_says_how_to_go_on(tmp_path: 
         "--smoke",
     ]
     command += ["--out", str(tmp_path), "--seeds", "0", "1", "--set", "steps=100000", "pause=0.005"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell lets what it starts in the background ignore Ctrl-C, and so these tests' own children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     specs = [tiny_plan("steps=100000", "pause=0.005", seed=seed) for seed in (0, 1)]
     folders = [Results(tmp_path).run_folder(spec.id) for spec in specs]
     _wait_for(
         lambda: all((read_json(f / "progress.json") or {}).get("step", 0) > 2 for f in folders), process
     )
     os.kill(process.pid, number)
-    said, _ = process.communicate(timeout=200)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "0 of 2 runs are finished, the others saved" in said
     assert "memory-bench compare --models" in said
