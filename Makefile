@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 compare: $(READY)  ## train and compare every member on recall, then on text (minutes on two cores)
-	$(BIN)/memory-bench compare --task recall
+	$(BIN)/memory-bench compare --task recall --models all "memformer gradient=replay"
 	$(BIN)/memory-bench compare --task text
 
 study: $(READY)  ## the full published comparison (hours; goes on where it was stopped)

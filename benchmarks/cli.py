@@ -90,7 +90,8 @@ class Compare(CommonOptions):
     """Train and evaluate several models on one task under the same budget; table, plots and report."""
 
     models: tuple[str, ...] = ("all",)
-    """Names of models; all is every family and every control."""
+    """Names of models; all is every family and control. One with settings of its own is a row of its own, in
+    quotes: 'memformer gradient=replay'."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; three or more give intervals."""
     jobs: int = 2

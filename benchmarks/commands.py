@@ -66,7 +66,7 @@ def run_command(command: Run, words: Sequence[str]) -> int:
         record = results.latest()[spec.id]
     else:
         display = display_for()
-        title = f"{spec.model} seed {spec.seed}"
+        title = f"{spec.label} seed {spec.seed}"
         display.start(total=1, done=0)
         display.job_started(title)
 

@@ -92,7 +92,7 @@ class Job:
     @property
     def title(self) -> str:
         """Name for a progress bar."""
-        return self.name or f"{self.spec.model} seed {self.spec.seed}"
+        return self.name or f"{self.spec.label} seed {self.spec.seed}"
 
     def seconds_left(self) -> float | None:
         """A guess from the speed so far; None before it is known."""
@@ -136,9 +136,11 @@ def compare(
     if jobs < 1:
         raise ValueError(f"jobs ({jobs}) must be at least 1")
     before = results.latest()
-    done = [spec for spec in specs if before.get(spec.id, {}).get("status") == FINISHED]
-    waiting = sorted((spec for spec in specs if spec not in done), key=relative_cost, reverse=True)
-    display.start(total=len(specs), done=len(done))
+    # Rows of a table may share a run.
+    distinct = list({spec.id: spec for spec in specs}.values())
+    done = [spec for spec in distinct if before.get(spec.id, {}).get("status") == FINISHED]
+    waiting = sorted((spec for spec in distinct if spec not in done), key=relative_cost, reverse=True)
+    display.start(total=len(distinct), done=len(done))
     estimate = _Estimate([before[spec.id] for spec in done])
     running: list[Job] = []
     with _sigterm_as_interrupt():
@@ -181,7 +183,7 @@ def write_comparison(
     longer: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Note which runs belong together, and on what terms, for the report."""
-    runs = [{"id": spec.id, "model": spec.model, "seed": spec.seed} for spec in specs]
+    runs = [{"id": spec.id, "model": spec.label, "seed": spec.seed} for spec in specs]
     write_json(
         results.comparison,
         {

@@ -77,7 +77,7 @@ def longer_points(specs: Sequence[RunSpec], factors: Sequence[int]) -> list[Long
 
 def to_json(points: Sequence[LongerPoint]) -> list[dict[str, Any]]:
     """For the report."""
-    return [{"id": p.spec.id, "model": p.spec.model, "seed": p.spec.seed, "factor": p.factor} for p in points]
+    return [{"id": p.spec.id, "model": p.spec.label, "seed": p.spec.seed, "factor": p.factor} for p in points]
 
 
 def _longer(spec: RunSpec, factor: int) -> RunSpec:

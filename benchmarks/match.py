@@ -39,7 +39,7 @@ class Matched:
     """What the search found for one model.
 
     Attributes:
-        model: its name.
+        model: its `RunSpec.label`.
         options: options to change, empty if it is as in the settings.
         value: parameters, or bytes of a row, that it then has.
         note: why it is not matched; empty if it is.
@@ -64,7 +64,7 @@ class Match:
         by: `params` or `state`.
         reference: whose figure the others shall have, in words.
         target: that figure.
-        models: what was found, by name.
+        models: what was found, by `RunSpec.label`.
     """
 
     by: str
@@ -99,13 +99,13 @@ def match(specs: Sequence[RunSpec], by: str, *, reference: RunSpec | int | None 
     if isinstance(reference, int):
         name, target = "the figure given", float(reference)
     elif reference is not None:
-        name, target = reference.model, measure(reference)
+        name, target = reference.label, measure(reference)
     else:
         name, target = _smallest(specs, by, measure)
     if target <= 0:
         raise ValueError(f"nothing to match: {name} has {target:.0f} {unit(by)}; name another (--match-to)")
     find = _match_parameters if by == PARAMS else _match_state
-    return Match(by=by, reference=name, target=target, models={s.model: find(s, target) for s in specs})
+    return Match(by=by, reference=name, target=target, models={s.label: find(s, target) for s in specs})
 
 
 def unit(by: str) -> str:
@@ -124,9 +124,10 @@ def measure_state(spec: RunSpec) -> float:
 
 
 def _smallest(specs: Sequence[RunSpec], by: str, measure: Callable[[RunSpec], float]) -> tuple[str, float]:
-    sizes = {spec.model: measure(spec) for spec in specs}
+    sizes = {spec.label: measure(spec) for spec in specs}
     if by == STATE:
-        families = {name: size for name, size in sizes.items() if "family" in tags_of(name) and size > 0}
+        family = {spec.label for spec in specs if "family" in tags_of(spec.model)}
+        families = {name: size for name, size in sizes.items() if name in family and size > 0}
         sizes = families or {name: size for name, size in sizes.items() if size > 0} or sizes
     # Among equals the one that has no memory: it is what the others are compared with.
     name = min(sizes, key=lambda model: (sizes[model], model != "window"))
@@ -135,7 +136,7 @@ def _smallest(specs: Sequence[RunSpec], by: str, measure: Callable[[RunSpec], fl
 
 def _match_parameters(spec: RunSpec, target: float) -> Matched:
     if _near(found := count_parameters(spec), target, share=0.002):
-        return Matched(model=spec.model, value=found)
+        return Matched(model=spec.label, value=found)
     names = known_options(spec.model)
     if "hidden" in names:
         base = setting_of(spec, "model.hidden") or 2 * setting_of(spec, "model.dim")
@@ -144,7 +145,7 @@ def _match_parameters(spec: RunSpec, target: float) -> Matched:
     elif "dim" in names:
         options = _match_dim(spec, target)
     else:
-        raise MatchError(f"{spec.model} has neither 'dim' nor 'hidden', so its parameters cannot be matched")
+        raise MatchError(f"{spec.label} has neither 'dim' nor 'hidden', so its parameters cannot be matched")
     return _checked(spec, options, _parameters(spec, options), target, PARAMS)
 
 
@@ -175,12 +176,12 @@ def _match_state(spec: RunSpec, target: float) -> Matched:
     size = measure_state(spec)
     option = next((name for name in STATE_OPTIONS if name in known_options(spec.model)), None)
     if size == 0 and option is None:
-        return Matched(model=spec.model, value=0, note="carries nothing")
+        return Matched(model=spec.label, value=0, note="carries nothing")
     if _near(size, target, share=0.002):
-        return Matched(model=spec.model, value=size)
+        return Matched(model=spec.label, value=size)
     if option is None:
         raise MatchError(
-            f"{spec.model} has none of the options {', '.join(STATE_OPTIONS)}, so its state "
+            f"{spec.label} has none of the options {', '.join(STATE_OPTIONS)}, so its state "
             f"({size:.0f} bytes) cannot be matched"
         )
     base = _kept(spec, option)
@@ -191,7 +192,7 @@ def _match_state(spec: RunSpec, target: float) -> Matched:
     except MatchError as error:
         if "control" not in tags_of(spec.model):
             raise
-        return Matched(model=spec.model, value=size, note=f"not matched: {error}")
+        return Matched(model=spec.label, value=size, note=f"not matched: {error}")
 
 
 def _kept(spec: RunSpec, option: str) -> int:
@@ -210,11 +211,11 @@ def _checked(spec: RunSpec, options: dict[str, Any], value: float, target: float
     if not _near(value, target, share=TOLERANCE[by]):
         reached = ", ".join(f"{name} {wide}" for name, wide in options.items())
         raise MatchError(
-            f"{spec.model} cannot have {target:,.0f} {unit(by)}: with {reached} it has {value:,.0f} "
+            f"{spec.label} cannot have {target:,.0f} {unit(by)}: with {reached} it has {value:,.0f} "
             f"({value / target - 1:+.1%}); name another reference (--match-to), leave the model out, or "
             "change its other options with --set"
         )
-    return Matched(model=spec.model, options=options, value=value)
+    return Matched(model=spec.label, options=options, value=value)
 
 
 def _near(value: float, target: float, *, share: float) -> bool:

@@ -52,7 +52,7 @@ class LineDisplay:
     def start(self, *, total: int, done: int) -> None:
         self._total, self._ended = total, done
         skipped = f", {done} of them finished before" if done else ""
-        self._say(f"{total} runs{skipped}")
+        self._say(f"{total} run{'' if total == 1 else 's'}{skipped}")
 
     def job_started(self, title: str) -> None:
         self._jobs[title] = {}

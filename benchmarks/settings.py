@@ -1,7 +1,6 @@
-"""How each model is trained on each task. Change a comparison here, or for one run with `--set`.
+"""What a run is made with: `plan` makes a `RunSpec` of `benchmarks.defaults` and of what the user says.
 
-The tables come first. `plan` turns a line of them into a `RunSpec`, which holds everything that changes the
-numbers of a run and therefore names it.
+A `RunSpec` holds everything that changes the numbers of a run, and therefore names it.
 """
 
 from __future__ import annotations
@@ -16,6 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.defaults import (
+    COST,
+    EVERY,
+    OPTIONS,
+    SMOKE_OPTIONS,
+    SMOKE_TRAINING,
+    TRAINING,
+    UNKNOWN_COST,
+)
 from benchmarks.members import code_of_model, known_options
 from benchmarks.provenance import source_digest, version_of
 from benchmarks.results import plain, run_id
@@ -25,239 +33,6 @@ from memory_models.registry import nearest
 
 if TYPE_CHECKING:
     from benchmarks.task import Task
-
-EVERY = "*"
-
-# Training by task and model. What a row leaves out is as in the row above it: (task, model), then
-# (task, every model), then the defaults of `TrainSettings`, which serve tasks that are not named.
-TRAINING: dict[str, dict[str, dict[str, Any]]] = {
-    "recall": {
-        EVERY: {"steps": 500, "batch_size": 32, "learning_rate": 3e-3},
-    },
-    "rewrite": {
-        EVERY: {"steps": 500, "batch_size": 32, "learning_rate": 3e-3},
-    },
-    "needle": {
-        EVERY: {"steps": 300, "batch_size": 32, "learning_rate": 3e-3},
-    },
-    # The third symbol of three comes late and at once: `full` is at .74 after 125 steps and at 1.0 after 250.
-    # `memformer` is at .51 after 369 of 500 steps and rising.
-    "copy": {
-        EVERY: {"steps": 800, "batch_size": 32, "learning_rate": 3e-3},
-    },
-    "reverse": {
-        EVERY: {"steps": 800, "batch_size": 32, "learning_rate": 3e-3},
-    },
-    # Counting is learned slowly: `full` is at .80 after 300 steps, .85 after 400, .90 after 500.
-    "selective-copy": {
-        EVERY: {"steps": 800, "batch_size": 32, "learning_rate": 3e-3},
-    },
-    "ballet": {
-        EVERY: {"steps": 300, "batch_size": 32, "learning_rate": 3e-3},
-    },
-    "rmt-copy": {
-        EVERY: {"steps": 400, "batch_size": 32, "learning_rate": 3e-3},
-    },
-    "rmt-reverse": {
-        EVERY: {"steps": 500, "batch_size": 32, "learning_rate": 3e-3},
-    },
-    "text": {
-        EVERY: {
-            "steps": 450,
-            "batch_size": 16,
-            "learning_rate": 2.5e-3,
-            "warmup": 80,
-            # Annealing from the start costs a short run much: hold the rate, then lower it.
-            "decay": 0.25,
-            "final": 0.03,
-            "weight_decay": 0.02,
-            # A batch of a stream is one segment, so it takes many to see anything.
-            "evaluation_rows": 32,
-            "curve_points": 4,
-            "curve_batches": 8,
-            "probe_batches": 12,
-        },
-    },
-}
-
-# Digits behind a marker, steps of a dance, symbols behind a name: what is asked for is found by what stands
-# before it, which takes long to learn without the matching layer. `full` is at .53 on `copy` of four symbols
-# after 38 steps with it and at .13 without, and on `needle` at .998 after 150 steps.
-_MATCHING: dict[str, Any] = {
-    "dim": 64,
-    "depth": 2,
-    "heads": 4,
-    "ff_dim": 128,
-    "token_shift": True,
-    "matching_layer": True,
-    "tie_embeddings": False,
-    "embedding_std": 0.5,
-    "embedding_scale": 1.0,
-}
-
-# Options of the models by task, read like `TRAINING`. The rows for every model are given to members that
-# have such an option; the segment length comes from the task.
-OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    EVERY: {
-        EVERY: {"dim": 64, "depth": 2, "heads": 2, "token_shift": True},
-    },
-    "recall": {
-        EVERY: {
-            "dim": 64,
-            "depth": 2,
-            "heads": 2,
-            "ff_dim": 128,
-            "token_shift": True,
-            "tie_embeddings": False,
-            "embedding_std": 0.5,
-            "embedding_scale": 1.0,
-        },
-        "htm": {"chunk_size": 4, "chunks": 24, "topk": 4, "memory_layers": (-1,)},
-        "memformer": {"slots": 32, "write_heads": 4},
-        "memorizing": {"memories": 96, "topk": 16},
-        "memxl": {"mem_len": 16, "lmem_len": 32},
-        "full": {"context": 80},
-        "transformer-xl": {"cache": 16},
-        "gru": {"hidden": 128},
-    },
-    # As `recall`, of which it is the form with keys that change.
-    "rewrite": {
-        EVERY: {
-            "dim": 64,
-            "depth": 2,
-            "heads": 2,
-            "ff_dim": 128,
-            "token_shift": True,
-            "tie_embeddings": False,
-            "embedding_std": 0.5,
-            "embedding_scale": 1.0,
-        },
-        "htm": {"chunk_size": 4, "chunks": 24, "topk": 4, "memory_layers": (-1,)},
-        "memformer": {"slots": 32, "write_heads": 4},
-        # Without a bias for age all values of a key are alike to it: .52 after half the steps, with it .87.
-        "memorizing": {"memories": 96, "topk": 16, "age_bias": True},
-        "memxl": {"mem_len": 16, "lmem_len": 32},
-        "full": {"context": 80},
-        "transformer-xl": {"cache": 16},
-        "gru": {"hidden": 128},
-    },
-    "needle": {
-        EVERY: _MATCHING,
-        # Chunks shorter than a segment, of which most hold nothing but filler.
-        "htm": {"chunk_size": 8, "chunks": 18, "topk": 4, "memory_layers": (-1,)},
-        "memformer": {"slots": 32},
-        "memorizing": {"memories": 144, "topk": 16},
-        "memxl": {"mem_len": 24, "lmem_len": 32},
-        "full": {"context": 120},
-        "transformer-xl": {"cache": 24},
-        "gru": {"hidden": 128},
-    },
-    "copy": {
-        EVERY: _MATCHING,
-        # A chunk is a segment.
-        "htm": {"chunk_size": 11, "chunks": 4, "topk": 2, "memory_layers": (-1,)},
-        "memformer": {"slots": 32},
-        "memorizing": {"memories": 44, "topk": 16},
-        "memxl": {"mem_len": 11, "lmem_len": 32},
-        "full": {"context": 33},
-        "transformer-xl": {"cache": 11},
-        "gru": {"hidden": 128},
-    },
-    "reverse": {
-        EVERY: _MATCHING,
-        # A chunk is a segment.
-        "htm": {"chunk_size": 11, "chunks": 4, "topk": 2, "memory_layers": (-1,)},
-        "memformer": {"slots": 32},
-        "memorizing": {"memories": 44, "topk": 16},
-        "memxl": {"mem_len": 11, "lmem_len": 32},
-        "full": {"context": 33},
-        "transformer-xl": {"cache": 11},
-        "gru": {"hidden": 128},
-    },
-    "selective-copy": {
-        EVERY: _MATCHING,
-        "htm": {"chunk_size": 8, "chunks": 8, "topk": 4, "memory_layers": (-1,)},
-        "memformer": {"slots": 32},
-        "memorizing": {"memories": 64, "topk": 16},
-        "memxl": {"mem_len": 16, "lmem_len": 32},
-        "full": {"context": 48},
-        "transformer-xl": {"cache": 16},
-        "gru": {"hidden": 128},
-    },
-    "ballet": {
-        EVERY: _MATCHING,
-        "htm": {"chunk_size": 8, "chunks": 24, "topk": 4, "memory_layers": (-1,)},
-        "memformer": {"slots": 32},
-        "memorizing": {"memories": 192, "topk": 16},
-        "memxl": {"mem_len": 24, "lmem_len": 32},
-        "full": {"context": 168},
-        "transformer-xl": {"cache": 24},
-        "gru": {"hidden": 128},
-    },
-    # Sizes as in the Recurrent Memory Transformer's tables: three segments of 24, a cache of half a segment,
-    # and as many slots as a segment has tokens.
-    "rmt-copy": {
-        EVERY: _MATCHING,
-        "htm": {"chunk_size": 8, "chunks": 9, "topk": 4, "memory_layers": (-1,)},
-        "memformer": {"slots": 24},
-        "memorizing": {"memories": 72, "topk": 16},
-        "memxl": {"mem_len": 12, "lmem_len": 24},
-        "full": {"context": 48},
-        "transformer-xl": {"cache": 12},
-        "gru": {"hidden": 128},
-    },
-    "rmt-reverse": {
-        EVERY: _MATCHING,
-        "htm": {"chunk_size": 8, "chunks": 6, "topk": 4, "memory_layers": (-1,)},
-        "memformer": {"slots": 24},
-        "memorizing": {"memories": 48, "topk": 16},
-        "memxl": {"mem_len": 8, "lmem_len": 24},
-        "full": {"context": 32},
-        "transformer-xl": {"cache": 8},
-        "gru": {"hidden": 128},
-    },
-    "text": {
-        EVERY: {
-            "dim": 128,
-            "depth": 3,
-            "heads": 4,
-            "ff_dim": 256,
-            "token_shift": True,
-            "matching_layer": True,
-            "embedding_std": 0.05,
-        },
-        "htm": {"chunk_size": 4, "chunks": 1024, "topk": 32, "memory_layers": (-1,)},
-        "memformer": {"slots": 32},
-        "memorizing": {"memories": 4096, "topk": 32, "combine": "softmax", "xl_cache": 64},
-        "memxl": {"mem_len": 64, "lmem_len": 32},
-        "full": {"context": 1024},
-        "transformer-xl": {"cache": 64},
-        "gru": {"hidden": 256},
-    },
-}
-
-# The same command in seconds: what `--smoke` puts on top, beside the task's own `smoke` options.
-SMOKE_TRAINING: dict[str, Any] = {
-    "steps": 6,
-    "batch_size": 4,
-    "evaluation_rows": 4,
-    "curve_points": 2,
-    "curve_batches": 1,
-    "probe_batches": 2,
-}
-SMOKE_OPTIONS: dict[str, Any] = {"dim": 16, "depth": 2, "heads": 2, "ff_dim": 16, "hidden": 16}
-
-# Seconds of a step relative to `window`: only for the order of the runs and a first guess of the time left.
-COST: dict[str, float] = {
-    "window": 1.0,
-    "full": 1.0,
-    "transformer-xl": 1.3,
-    "gru": 1.5,
-    "memformer": 1.5,
-    "memxl": 2.0,
-    "htm": 4.0,
-}
-UNKNOWN_COST = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +118,9 @@ class RunSpec:
     """Hash of the code that is trained and that trains it."""
     libraries: dict[str, str] = field(default_factory=dict)
     """Versions of the libraries that compute."""
+    variant: str = field(default="", compare=False)
+    """The assignments that came with the model's name, as `gradient=replay`, which tell rows of a table
+    apart. What they change is in the other fields: runs that differ in nothing else are one run."""
     trained: RunSpec | None = None
     """A finished run of the same results folder whose weights are evaluated with these options of the model
     and the task, without training; None: train."""
@@ -351,10 +129,15 @@ class RunSpec:
     def id(self) -> str:
         """Name of the run: a hash of all the fields, the task standing for its data wherever they lie."""
         fields = dataclasses.asdict(self)
-        del fields["task_options"], fields["trained"]
+        del fields["task_options"], fields["trained"], fields["variant"]
         if self.trained is not None:
             fields["trained"] = self.trained.id
         return run_id(fields)
+
+    @property
+    def label(self) -> str:
+        """Name of its row in a table."""
+        return f"{self.model} {self.variant}".rstrip()
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON; `from_json` gives the same spec with the same id."""
@@ -379,6 +162,9 @@ def plan(
 ) -> RunSpec:
     """Look up the settings of `model` on `task`, and put `assignments` such as `"steps=100"` on top.
 
+    The model's name may be followed by assignments of its own, `"memformer gradient=replay"`; those of
+    `assignments` are put on top of them.
+
     An assignment names a training setting, an option of the task, or an option of the model, in this
     order; `train.`, `task.` or `model.` before the name makes it certain.
 
@@ -389,7 +175,8 @@ def plan(
     from benchmarks.task import tasks
 
     kind = tasks.load(task)
-    train, task_options, model_options = _sort_assignments(kind, known_options(model), assignments)
+    model, *own = _words(model)
+    train, task_options, model_options = _sort_assignments(kind, known_options(model), [*own, *assignments])
     if smoke:
         task_options = {**kind.smoke, **task_options}
     built = cached_task(task, task_options)
@@ -410,6 +197,7 @@ def plan(
         fingerprint=built.fingerprint(),
         code=source_digest([*_CODE, code_of_model(model), type(built).__module__]),
         libraries={name: version_of(name) for name in ("torch", "x-transformers")},
+        variant=" ".join(own),
     )
 
 
@@ -501,6 +289,13 @@ def setting_of(spec: RunSpec, name: str) -> Any:
 def value_of(text: str) -> Any:
     """What the text after the `=` of an assignment means: a number, a tuple, true, false, none or itself."""
     return _value(text)
+
+
+def _words(model: str) -> list[str]:
+    words = model.split()
+    if not words:
+        raise LookupError("the name of a model is empty")
+    return words
 
 
 def _changes_from(usual: RunSpec, wanted: RunSpec, before: Sequence[str] = ()) -> list[str]:

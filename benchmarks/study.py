@@ -228,7 +228,8 @@ def _ids(part: Part, results: Results) -> set[str] | None:
 
 
 def _steps(task: str, scale: float) -> int:
-    from benchmarks.settings import EVERY, TRAINING, TrainSettings
+    from benchmarks.defaults import EVERY, TRAINING
+    from benchmarks.settings import TrainSettings
 
     usual = TRAINING.get(task, {}).get(EVERY, {}).get("steps", TrainSettings().steps)
     return max(1, round(scale * usual))

@@ -215,7 +215,10 @@ def load(folder: str | Path, *, interval: str = T_INTERVAL) -> Comparison:
     tuning = read_json(results.tuning) or {}
     missing: list[str] = []
     if comparison is not None:
-        chosen = [latest[run["id"]] for run in comparison["runs"] if run["id"] in latest]
+        # A row is called as the user called it, which may say more than the model's name.
+        chosen = [
+            {**latest[run["id"]], "model": run["model"]} for run in comparison["runs"] if run["id"] in latest
+        ]
         missing = [f"{r['model']} seed {r['seed']}" for r in comparison["runs"] if r["id"] not in latest]
         task, command = comparison["task"], comparison["command"]
     else:

@@ -21,7 +21,7 @@ class Terms:
     Attributes:
         task: its name.
         smoke: tiny sizes and few steps.
-        assignments: by model, settings as for `--set`.
+        assignments: by model, the name as on the command line, settings as for `--set`.
         match: what was made equal, for the report; None: nothing.
         tuning: how the learning rates were chosen, for the report; None: they were not.
     """
@@ -78,7 +78,7 @@ def make_equal(terms: Terms, by: str, *, to: str | None = None) -> Terms:
     if to is not None and to.replace("_", "").isdigit():
         reference = int(to)
     elif to is not None:
-        given = next((spec for spec in terms.specs() if spec.model == to), None)
+        given = next((spec for spec in terms.specs() if spec.label == to), None)
         reference = given or plan(to, terms.task, 0, smoke=terms.smoke)
     found = match(terms.specs(), by, reference=reference)
     equal = terms._adding({model: one.assignments for model, one in found.models.items()})

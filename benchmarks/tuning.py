@@ -62,7 +62,7 @@ def plan_trials(
         task: name of the task.
         grid: learning rates.
         seed: seed of all trials.
-        assignments: by model, what its reported runs are made with.
+        assignments: by model, the name as on the command line, what its reported runs are made with.
         steps: steps of a trial; None: as many as a reported run.
         smoke: tiny sizes and few steps.
 

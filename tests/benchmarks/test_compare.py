@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from benchmarks import compare as module
-from benchmarks.compare import Job, compare
+from benchmarks.compare import Job, compare, write_comparison
 from benchmarks.progress import BarDisplay, LineDisplay, duration, outcome
 from benchmarks.results import DIVERGED, FAILED, FINISHED, Results, read_json
 from benchmarks.settings import RunSpec, plan
+from benchmarks.summary import load
 from benchmarks.train import CannotWriteError, heading
 from benchmarks.worker import EXIT_CANNOT_WRITE, Reporter
 from tests.benchmarks.tiny import STREAM, TINY
@@ -105,6 +106,16 @@ def test_the_longest_run_starts_first(tmp_path: Path, scripted: type[Scripted]) 
     specs = [tiny_plan(f"steps={steps}") for steps in (5, 50, 20)]
     compare(specs, Results(tmp_path), jobs=1, display=quiet())
     assert scripted.started == [specs[1].id, specs[2].id, specs[0].id]
+
+
+def test_rows_that_differ_in_name_only_share_a_run(tmp_path: Path, scripted: type[Scripted]) -> None:
+    results = Results(tmp_path)
+    specs = [tiny_plan(), plan(f"{TINY} gradient=bptt", STREAM, 0, smoke=True), tiny_plan("gradient=replay")]
+    write_comparison(specs, results, "memory-bench compare")
+    records = compare(specs, results, jobs=2, display=quiet())
+    assert scripted.started == [specs[0].id, specs[2].id]
+    assert [record["id"] for record in records] == [spec.id for spec in specs]
+    assert [row.model for row in load(tmp_path).rows] == [TINY, f"{TINY} gradient=bptt"]
 
 
 def test_a_disk_that_refuses_ends_the_comparison_with_the_reason(

@@ -57,6 +57,16 @@ def test_the_smallest_memory_of_a_family_is_the_measure() -> None:
     assert (found.reference, found.target) == ("memformer", measure_state(specs[1]))
 
 
+def test_each_row_of_a_model_is_matched_by_itself() -> None:
+    rows = ("memformer dim=32", "memformer dim=48")
+    found = match([plan(row, "recall", 0) for row in rows], PARAMS)
+    assert found.reference == rows[0]
+    assert list(found.models) == list(rows)
+    for row in rows:
+        reached = count_parameters(plan(row, "recall", 0, assignments=found.models[row].assignments))
+        assert abs(reached - found.target) <= TOLERANCE[PARAMS] * found.target
+
+
 def test_a_control_that_cannot_be_matched_stays_with_a_note_and_a_family_is_refused() -> None:
     gru = plan("gru", "recall", 0, smoke=True)
     found = match([gru], STATE, reference=10**6)

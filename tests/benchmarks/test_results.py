@@ -46,6 +46,18 @@ def test_a_spec_survives_json_with_its_id() -> None:
     assert again.id == spec.id
 
 
+def test_a_model_may_be_named_with_settings_of_its_own() -> None:
+    spec = plan("memformer gradient=replay slots=5", "recall", 1, assignments=["slots=6"])
+    assert (spec.model, spec.label) == ("memformer", "memformer gradient=replay slots=5")
+    same = plan("memformer", "recall", 1, assignments=["train.gradient=replay", "model.slots=6"])
+    assert (same.label, same.id) == ("memformer", spec.id)
+    assert RunSpec.from_json(json.loads(json.dumps(spec.to_json()))).label == spec.label
+    with pytest.raises(ValueError, match="Did you mean 'gradient'"):
+        plan("memformer grdient=replay", "recall", 0)
+    with pytest.raises(LookupError, match="empty"):
+        plan("  ", "recall", 0)
+
+
 def test_an_id_does_not_depend_on_the_order_of_options() -> None:
     assert run_id({"a": 1, "b": (2, 3)}) == run_id({"b": [2, 3], "a": 1})
 
