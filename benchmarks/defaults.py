@@ -76,51 +76,51 @@ _MATCHING: dict[str, Any] = {
     "embedding_scale": 1.0,
 }
 
+# `recall`, and `rewrite`, which is its form with keys that change.
+_RECALLING: dict[str, dict[str, Any]] = {
+    EVERY: {
+        "dim": 64,
+        "depth": 2,
+        "heads": 2,
+        "ff_dim": 128,
+        "token_shift": True,
+        "tie_embeddings": False,
+        "embedding_std": 0.5,
+        "embedding_scale": 1.0,
+    },
+    "htm": {"chunk_size": 4, "chunks": 24, "topk": 4, "memory_layers": (-1,)},
+    "memformer": {"slots": 32, "write_heads": 4},
+    "memorizing": {"memories": 96, "topk": 16},
+    "memxl": {"mem_len": 16, "lmem_len": 32},
+    "full": {"context": 80},
+    "transformer-xl": {"cache": 16},
+    "gru": {"hidden": 128},
+}
+
+# `copy` and `reverse`: the same sizes.
+_COPYING: dict[str, dict[str, Any]] = {
+    EVERY: _MATCHING,
+    # A chunk is a segment.
+    "htm": {"chunk_size": 11, "chunks": 4, "topk": 2, "memory_layers": (-1,)},
+    "memformer": {"slots": 32},
+    "memorizing": {"memories": 44, "topk": 16},
+    "memxl": {"mem_len": 11, "lmem_len": 32},
+    "full": {"context": 33},
+    "transformer-xl": {"cache": 11},
+    "gru": {"hidden": 128},
+}
+
 # Options of the models by task, read like `TRAINING`. The rows for every model are given to members that
 # have such an option; the segment length comes from the task.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     EVERY: {
         EVERY: {"dim": 64, "depth": 2, "heads": 2, "token_shift": True},
     },
-    "recall": {
-        EVERY: {
-            "dim": 64,
-            "depth": 2,
-            "heads": 2,
-            "ff_dim": 128,
-            "token_shift": True,
-            "tie_embeddings": False,
-            "embedding_std": 0.5,
-            "embedding_scale": 1.0,
-        },
-        "htm": {"chunk_size": 4, "chunks": 24, "topk": 4, "memory_layers": (-1,)},
-        "memformer": {"slots": 32, "write_heads": 4},
-        "memorizing": {"memories": 96, "topk": 16},
-        "memxl": {"mem_len": 16, "lmem_len": 32},
-        "full": {"context": 80},
-        "transformer-xl": {"cache": 16},
-        "gru": {"hidden": 128},
-    },
-    # As `recall`, of which it is the form with keys that change.
+    "recall": _RECALLING,
     "rewrite": {
-        EVERY: {
-            "dim": 64,
-            "depth": 2,
-            "heads": 2,
-            "ff_dim": 128,
-            "token_shift": True,
-            "tie_embeddings": False,
-            "embedding_std": 0.5,
-            "embedding_scale": 1.0,
-        },
-        "htm": {"chunk_size": 4, "chunks": 24, "topk": 4, "memory_layers": (-1,)},
-        "memformer": {"slots": 32, "write_heads": 4},
+        **_RECALLING,
         # Without a bias for age all values of a key are alike to it: .52 after half the steps, with it .87.
         "memorizing": {"memories": 96, "topk": 16, "age_bias": True},
-        "memxl": {"mem_len": 16, "lmem_len": 32},
-        "full": {"context": 80},
-        "transformer-xl": {"cache": 16},
-        "gru": {"hidden": 128},
     },
     "needle": {
         EVERY: _MATCHING,
@@ -133,28 +133,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "transformer-xl": {"cache": 24},
         "gru": {"hidden": 128},
     },
-    "copy": {
-        EVERY: _MATCHING,
-        # A chunk is a segment.
-        "htm": {"chunk_size": 11, "chunks": 4, "topk": 2, "memory_layers": (-1,)},
-        "memformer": {"slots": 32},
-        "memorizing": {"memories": 44, "topk": 16},
-        "memxl": {"mem_len": 11, "lmem_len": 32},
-        "full": {"context": 33},
-        "transformer-xl": {"cache": 11},
-        "gru": {"hidden": 128},
-    },
-    "reverse": {
-        EVERY: _MATCHING,
-        # A chunk is a segment.
-        "htm": {"chunk_size": 11, "chunks": 4, "topk": 2, "memory_layers": (-1,)},
-        "memformer": {"slots": 32},
-        "memorizing": {"memories": 44, "topk": 16},
-        "memxl": {"mem_len": 11, "lmem_len": 32},
-        "full": {"context": 33},
-        "transformer-xl": {"cache": 11},
-        "gru": {"hidden": 128},
-    },
+    "copy": _COPYING,
+    "reverse": _COPYING,
     "selective-copy": {
         EVERY: _MATCHING,
         "htm": {"chunk_size": 8, "chunks": 8, "topk": 4, "memory_layers": (-1,)},

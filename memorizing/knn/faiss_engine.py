@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from memorizing.knn.ring import Change
 Read = Callable[[range], Tensor]
 """Gives the keys `[n, dim]` of neighbouring slots of a row, as its metric wants them indexed."""
 
+# Queries in the order of the lists they read find those in the cache. It pays where not all lists fit there
+# (bytes of an index) and several queries read the same one.
+_ORDER_FROM_BYTES = 2**24
 _TABLE_FROM = 131_072  # from here on a table of ids is cheaper than scanning all ids for those to remove
 
 
@@ -122,6 +125,20 @@ def make_index(spec: str, dim: int, metric: str) -> Any:
             "take 'ivf', 'auto', 'exact' or a factory string with inverted lists such as 'IVF256,Flat'"
         ) from error
     return index
+
+
+class Nearest(NamedTuple):
+    """The lists to read for each of some queries, and an order of the queries in which neighbours share them.
+
+    Attributes:
+        order: `[q]`, the queries' places, those of the same nearest list side by side.
+        lists: `[q, probes]` in this order, nearest first.
+        scores: of the lists' centres, alike.
+    """
+
+    order: Tensor
+    lists: np.ndarray
+    scores: np.ndarray
 
 
 class FaissRow:
@@ -248,8 +265,42 @@ class FaissRow:
             self.index.set_direct_map_type(faiss.DirectMap.Hashtable)
         self.index.add_with_ids(_array(read(slots)), np.arange(slots.start, slots.stop))
 
+    def nearest(self, queries: Tensor, probes: int | None = None) -> Nearest | None:
+        """Choose the lists before the search, so that queries `[q, dim]` can be asked in a better order.
+
+        Returns:
+            None where that would not pay, or the index hides its lists.
+        """
+        faiss = load_faiss()
+        if self.lists is None or len(queries) < self.lists or not isinstance(self.index, faiss.IndexIVF):
+            return None
+        if self.index.ntotal * self.index.code_size < _ORDER_FROM_BYTES:
+            return None
+        with _threads(faiss), self._reading(probes) as reading:
+            scores, lists = self.index.quantizer.search(_array(queries), reading)
+        order = torch.from_numpy(lists[:, 0]).argsort()
+        return Nearest(order.to(queries.device), lists[order.numpy()], scores[order.numpy()])
+
+    @contextmanager
+    def _reading(self, probes: int | None) -> Iterator[int | None]:
+        """For a while `probes` lists are read for a query; None: as usual."""
+        usual = self.probes
+        if probes is None or usual is None:
+            yield usual
+            return
+        try:
+            self.set_probes(probes)
+            yield self.probes
+        finally:
+            self.set_probes(usual)
+
     def search(
-        self, queries: Tensor, k: int, probes: int | None = None, among: Sequence[range] | None = None
+        self,
+        queries: Tensor,
+        k: int,
+        probes: int | None = None,
+        among: Sequence[range] | None = None,
+        nearest: Nearest | None = None,
     ) -> TopK:
         """The best `k` of each query `[q, dim]`; slots are -1 where Faiss found fewer.
 
@@ -258,21 +309,18 @@ class FaissRow:
             k: neighbours, times `oversample` when they will be scored again.
             probes: inverted lists to read in this call instead of the usual number.
             among: at most two ranges of slots outside of which nothing is found; None: everywhere.
+            nearest: from `nearest`, with the same `probes`; the queries come in its order, without `among`.
         """
         faiss = load_faiss()
         wanted = _array(queries)
         scores = np.empty((len(wanted), k), np.float32)
         slots = np.empty((len(wanted), k), np.int64)
-        usual = self.probes
-        with _threads(faiss):
-            try:
-                if probes is not None and usual is not None:
-                    self.set_probes(probes)
+        with _threads(faiss), self._reading(probes):
+            if nearest is None:
                 params = None if among is None else self._params(among)
                 self.index.search(wanted, k, D=scores, I=slots, params=params)
-            finally:
-                if probes is not None and usual is not None:
-                    self.set_probes(usual)
+            else:
+                self.index.search_preassigned(wanted, k, nearest.lists, nearest.scores, D=scores, I=slots)
         found = torch.from_numpy(scores).to(queries.device)
         if self.metric == "l2":
             found.neg_()

@@ -184,7 +184,10 @@ class Search:
         seen = sum(map(len, places))
         fetch = min(math.ceil(k * engine.oversample), seen)
         among = places if seen < self.ring.count(row) else None
-        scores, slots = engine.search(asked, fetch, probes, among)
+        nearest = engine.nearest(asked, probes) if among is None else None
+        if nearest is not None:
+            asked, queries = asked[nearest.order], queries[:, nearest.order]
+        scores, slots = engine.search(asked, fetch, probes, among, nearest)
         if not engine.keeps_all:
             scores = self._rescored(row, queries[0], slots)
             best = block_top_k(scores, k)
@@ -194,6 +197,9 @@ class Search:
         if short.numel():
             again = self._exact(row, row + 1, queries[:, short], k, places)
             scores[short], slots[short] = again.scores[0].to(scores.dtype), again.slots[0]
+        if nearest is not None:
+            back = nearest.order.argsort()
+            scores, slots = scores[back], slots[back]
         return TopK(scores.unsqueeze(0), slots.unsqueeze(0))
 
     def _rescored(self, row: int, queries: Tensor, slots: Tensor) -> Tensor:

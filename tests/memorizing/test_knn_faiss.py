@@ -73,6 +73,31 @@ def test_more_probes_in_one_call():
     assert memory.stats()[0].probes == 1
 
 
+@pytest.mark.parametrize("metric", ["ip", "cosine", "l2"])
+@pytest.mark.parametrize(
+    ("index", "k", "probes"), [("ivf", 16, None), ("IVF64,Flat", 16, 3), ("ivf", 500, None)]
+)
+def test_the_order_in_which_queries_are_asked_changes_nothing(monkeypatch, metric, index, k, probes):
+    from memorizing.knn import faiss_engine
+
+    memory = filled(index, metric=metric, faiss_options=FaissOptions(train_from=1000, probes=2))
+    queries = clustered(1, 600, seed=5)
+    usual = memory.lookup(queries, k, nprobe=probes)
+    asked = []
+    nearest = faiss_engine.FaissRow.nearest
+    monkeypatch.setattr(faiss_engine, "_ORDER_FROM_BYTES", 0)
+    monkeypatch.setattr(
+        faiss_engine.FaissRow, "nearest", lambda *words: asked.append(nearest(*words)) or asked[-1]
+    )
+    found = memory.lookup(queries, k, nprobe=probes)
+    # Not the order they came in, or nothing has been shown.
+    assert (asked[-1].order != torch.arange(600)).any()
+    assert asked[-1].lists.shape == (600, probes or 2)
+    assert torch.equal(found.ids, usual.ids)
+    torch.testing.assert_close(found.scores, usual.scores)
+    assert memory.stats()[0].probes == 2
+
+
 def test_lists_too_short_for_k_are_made_up_for():
     memory = filled("ivf", faiss_options=FaissOptions(train_from=1000, probes=1, lists=512))
     _, mask = memory.search(torch.randn(1, 50, 16), 200)
