@@ -31,7 +31,7 @@ _CENTRES, _NOISE = 256, 0.3
 _SCALE = 20.0  # of the attention, as the published layer has it at first
 _CHUNKS = 16  # so many different ones are added in turn
 _ROOM = 64  # adds that the published memory has room for
-_PROBES = {"262k": 4}  # inverted lists read for each query, as few as the recall allows; 8 for other sizes
+_PROBES = {"65k": 4, "262k": 4}  # inverted lists read for each query, as few as the recall allows; else 8
 _CHECKED = 256  # queries of a row by which the recall is measured
 
 

@@ -29,7 +29,7 @@ Read = Callable[[range], Tensor]
 
 # Queries in the order of the lists they read find those in the cache. It pays where not all lists fit there
 # (bytes of an index) and several queries read the same one.
-_ORDER_FROM_BYTES = 2**24
+_ORDER_FROM_BYTES = 2**22
 _TABLE_FROM = 131_072  # from here on a table of ids is cheaper than scanning all ids for those to remove
 
 
