@@ -94,7 +94,7 @@ def load_corpus(
         ValueError: if there is too little text to split.
     """
     found, description, cut = _find(data, min_bytes=min_bytes, document_start=document_start)
-    split = _split_pieces if cut else _split_documents
+    split = split_pieces if cut else split_documents
     training, tail = split(found, held_out=held_out)
     if not training or not tail:
         raise ValueError(
@@ -126,14 +126,14 @@ def _find(data: str, *, min_bytes: int, document_start: str) -> tuple[list[Docum
     else:
         raise FileNotFoundError(f"data {data!r} is neither a file nor a folder")
     if document_start:
-        pieces = [piece for file in files for piece in _cut_at(file, document_start)]
+        pieces = [piece for file in files for piece in cut_at_starts(file, document_start)]
         if not pieces:
             raise ValueError(f"no line in {path} starts with document_start ({document_start!r})")
-        return list(_unique(pieces, min_bytes)), path.name, False
-    found = list(_unique(files, min_bytes))
+        return list(unique(pieces, min_bytes)), path.name, False
+    found = list(unique(files, min_bytes))
     if len(found) != 1:
         return found, path.name, False
-    return list(_pieces(found[0].content, min_bytes)), path.name, True
+    return list(cut_into_pieces(found[0].content, min_bytes)), path.name, True
 
 
 def _standard_library(min_bytes: int) -> list[Document]:
@@ -144,7 +144,7 @@ def _standard_library(min_bytes: int) -> list[Document]:
         return name.endswith(".py") and "_sysconfigdata" not in name and content.isascii()
 
     files = (d for d in _folder(root, suffix=".py", skip=_NOT_LIBRARY) if fits(d.name, d.content))
-    found = list(_unique(files, min_bytes))
+    found = list(unique(files, min_bytes))
     if not found:
         raise FileNotFoundError(
             f"no source of the standard library in {root}; name other text, as in --data some/folder"
@@ -182,7 +182,8 @@ def _text(path: Path) -> bytes | None:
     return content if content.isascii() else content.decode("utf-8", errors="replace").encode()
 
 
-def _unique(documents: Iterable[Document], min_bytes: int) -> Iterator[Document]:
+def unique(documents: Iterable[Document], min_bytes: int) -> Iterator[Document]:
+    """Those of `min_bytes` or more; of several with the same content the first."""
     seen = set()
     for document in documents:
         digest = hashlib.sha256(document.content).digest()
@@ -191,15 +192,23 @@ def _unique(documents: Iterable[Document], min_bytes: int) -> Iterator[Document]
             yield document
 
 
-def _cut_at(file: Document, start: str) -> Iterator[Document]:
+def cut_at_starts(file: Document, start: str) -> Iterator[Document]:
+    """The documents of a file in which a line that starts with `start` begins a new one.
+
+    What stands before the first such line is a header, and left out; without one there is no document.
+    """
     content = file.content
     borders = [match.start() for match in re.finditer(rb"(?m)^" + re.escape(start.encode()), content)]
-    # what stands before the first is a header, not a document
     for begin, end in itertools.pairwise([*borders, len(content)]):
         yield Document(f"{file.name}@{begin:012}", content[begin:end])
 
 
-def _pieces(content: bytes, min_bytes: int) -> Iterator[Document]:
+def cut_into_pieces(content: bytes, min_bytes: int) -> Iterator[Document]:
+    """Documents of `PIECE_BYTES`, shorter ones if there is little, but of `min_bytes` at least.
+
+    They end at line ends, if lines are shorter than they, and never within a character of UTF-8; the last
+    may be shorter. Together they are `content`.
+    """
     size = max(min_bytes, min(PIECE_BYTES, len(content) // (2 * _TAIL_SHARE)))
     begin = 0
     while begin < len(content):
@@ -214,7 +223,12 @@ def _pieces(content: bytes, min_bytes: int) -> Iterator[Document]:
         begin = end
 
 
-def _split_pieces(pieces: Sequence[Document], *, held_out: int) -> tuple[list[Document], list[Document]]:
+def split_pieces(pieces: Sequence[Document], *, held_out: int) -> tuple[list[Document], list[Document]]:
+    """Training and held-out pieces of one text: its beginning, and up to `held_out` of its last sixteenth.
+
+    Pieces before that sixteenth are dropped, so that little of what runs across the border is on both sides
+    (see `load_corpus`).
+    """
     tail = max(1, len(pieces) // _TAIL_SHARE)
     border = last = len(pieces) - tail
     gap = min(_GAP_BYTES, sum(len(piece.content) for piece in pieces) // _TAIL_SHARE)
@@ -225,9 +239,11 @@ def _split_pieces(pieces: Sequence[Document], *, held_out: int) -> tuple[list[Do
     return list(pieces[:last]), [pieces[border + i * tail // taken] for i in range(taken)]
 
 
-def _split_documents(
-    documents: Sequence[Document], *, held_out: int
-) -> tuple[list[Document], list[Document]]:
+def split_documents(documents: Sequence[Document], *, held_out: int) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents, chosen by a hash of their names (see `load_corpus`).
+
+    Held out are at most `held_out`, at most one in eight, and at least one.
+    """
     taken = min(held_out, max(1, len(documents) // _LARGEST_SHARE))
     order = sorted(documents, key=lambda d: (len(d.content) not in _GOOD_BYTES, _draw(d)))
     tail = set(order[:taken])

@@ -43,11 +43,10 @@ def attend_without_gradient(
 
     Only the first `value_dim` channels of a memory are summed; all of them are keys.
     """
-    b, i, h, _ = queries.shape
-    k, c = chosen.shape[2], chunk_size
+    h, k, c = queries.shape[2], chosen.shape[2], chunk_size
     flat_queries, flat_weights = queries.flatten(0, 1), weights.flatten(0, 1)
-    out = queries.new_empty(b * i, h, value_dim)
-    kept = queries.new_empty(b * i if keep else 0, h, k, c)
+    out, kept = _results(queries, chosen, c, value_dim, keep)
+    flat_out = out.flatten(0, 1)
     with torch.autocast(queries.device.type, enabled=False):
         for block, gathered, hidden, _ in _gathered_blocks(queries, chosen, tokens, places, c):
             query, weight = flat_queries[block], flat_weights[block][:, None, :, None]
@@ -67,10 +66,10 @@ def attend_without_gradient(
                 attention = inside * weight
             if keep:
                 kept[block] = inside
-            torch.bmm(attention.flatten(2), gathered[..., :value_dim], out=out[block])
+            torch.bmm(attention.flatten(2), gathered[..., :value_dim], out=flat_out[block])
             if positions is not None:
-                out[block] += attention.sum(dim=2) @ positions[:, :value_dim]
-    return out.view(b, i, h, value_dim), kept
+                flat_out[block] += attention.sum(dim=2) @ positions[:, :value_dim]
+    return out, kept
 
 
 def attend_portably(
@@ -145,12 +144,10 @@ def _attend_backward(
     into_tokens: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend` for queries, weights and, if `into_tokens`, tokens (else an empty tensor)."""
-    b, i, h, d = queries.shape
-    k, c = chosen.shape[2], chunk_size
+    h, k, c = queries.shape[2], chosen.shape[2], chunk_size
     flat_grad, flat_queries, flat_weights = grad.flatten(0, 1), queries.flatten(0, 1), weights.flatten(0, 1)
-    query_grad = queries.new_empty(b * i, h, d)
-    weight_grad = weights.new_empty(b * i, k)
-    token_grad = torch.zeros_like(tokens).flatten(0, 1) if into_tokens else tokens.new_empty(0)
+    query_grad, weight_grad, token_grad = _gradients(queries, weights, tokens, into_tokens)
+    flat_query_grad, flat_weight_grad = query_grad.flatten(0, 1), weight_grad.flatten(0, 1)
     with torch.autocast(queries.device.type, enabled=False):
         for block, gathered, _, index in _gathered_blocks(queries, chosen, tokens, places, c):
             out_grad, inside = flat_grad[block], kept[block]
@@ -161,23 +158,22 @@ def _attend_backward(
             if joint:
                 attention = inside
                 score_grad = product.addcmul_(inside, product.sum(dim=(2, 3), keepdim=True), value=-1)
-                weight_grad[block] = score_grad.sum(dim=(1, 3))
+                flat_weight_grad[block] = score_grad.sum(dim=(1, 3))
             else:
                 weight = flat_weights[block][:, None, :, None]
                 attention = inside * weight
                 total = product.sum(dim=-1, keepdim=True)
-                weight_grad[block] = total.sum(dim=(1, 3))
+                flat_weight_grad[block] = total.sum(dim=(1, 3))
                 score_grad = product.addcmul_(inside, total, value=-1).mul_(weight)
-            torch.bmm(score_grad.flatten(2), gathered, out=query_grad[block])
+            torch.bmm(score_grad.flatten(2), gathered, out=flat_query_grad[block])
             if positions is not None:
-                query_grad[block] += score_grad.sum(dim=2) @ positions
+                flat_query_grad[block] += score_grad.sum(dim=2) @ positions
             if into_tokens:
                 gathered_grad = torch.bmm(score_grad.flatten(2).mT, flat_queries[block])
                 gathered_grad[..., :value_dim] += torch.bmm(attention.flatten(2).mT, out_grad)
-                token_grad.index_add_(0, index, gathered_grad.flatten(0, 1).to(tokens.dtype))
-    if into_tokens:
-        token_grad = token_grad.view(tokens.shape)
-    return query_grad.view(b, i, h, d), weight_grad.view(b, i, k), token_grad
+                flat_token_grad = token_grad.flatten(0, 1)
+                flat_token_grad.index_add_(0, index, gathered_grad.flatten(0, 1).to(tokens.dtype))
+    return query_grad, weight_grad, token_grad
 
 
 def in_flat_batch(index: Tensor, length: int) -> Tensor:
@@ -229,39 +225,31 @@ def _gathered_blocks(
 
 
 @attend.register_fake
-def _(
-    queries: Tensor,
-    weights: Tensor,
-    chosen: Tensor,
-    tokens: Tensor,
-    positions: Tensor | None,
-    places: Tensor | None,
-    chunk_size: int,
-    value_dim: int,
-    joint: bool,
-    keep: bool,
+def _(*inputs: Any) -> tuple[Tensor, Tensor]:
+    queries, _, chosen, _, _, _, chunk_size, value_dim, _, keep = inputs
+    return _results(queries, chosen, chunk_size, value_dim, keep)
+
+
+@_attend_backward.register_fake
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, queries, weights, _, tokens, *_, into_tokens = inputs
+    return _gradients(queries, weights, tokens, into_tokens)
+
+
+def _results(
+    queries: Tensor, chosen: Tensor, chunk_size: int, value_dim: int, keep: bool
 ) -> tuple[Tensor, Tensor]:
+    """Room for what `attend` returns."""
     b, i, h, _ = queries.shape
     kept = queries.new_empty(b * i if keep else 0, h, chosen.shape[2], chunk_size)
     return queries.new_empty(b, i, h, value_dim), kept
 
 
-@_attend_backward.register_fake
-def _(
-    grad: Tensor,
-    queries: Tensor,
-    weights: Tensor,
-    chosen: Tensor,
-    tokens: Tensor,
-    positions: Tensor | None,
-    places: Tensor | None,
-    kept: Tensor,
-    chunk_size: int,
-    value_dim: int,
-    joint: bool,
-    into_tokens: bool,
+def _gradients(
+    queries: Tensor, weights: Tensor, tokens: Tensor, into_tokens: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    token_grad = tokens.new_empty(tokens.shape if into_tokens else 0)
+    """Room for what `_attend_backward` returns; zeros for the tokens, whose gradients are summed."""
+    token_grad = tokens.new_zeros(tokens.shape if into_tokens else 0)
     return queries.new_empty(queries.shape), weights.new_empty(weights.shape), token_grad
 
 

@@ -9,7 +9,7 @@ differentiated (`create_graph=True`) goes through the plain expressions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,19 +71,35 @@ def attend(
     Returns:
         `[b, h, t, d]`.
     """
-    inputs = (queries, keys, values, table)
-    learns = torch.is_grad_enabled() and any(part.requires_grad for part in inputs)
+    inputs = _Inputs(queries, keys, values, table, tokens, absent, dropout)
+    learns = torch.is_grad_enabled() and any(part.requires_grad for part in (queries, keys, values, table))
     if queries.device.type != "cpu" or torch.compiler.is_compiling():
         # Compilers and other devices have their own ways.
-        return _attend_fused(*inputs, tokens=tokens, absent=absent, dropout=dropout)
+        return _attend_fused(inputs)
     if not learns:
-        return _attend_by_parts(*inputs, tokens=tokens, absent=absent, dropout=dropout)
+        return _attend_by_parts(inputs)
     if dropout:
         # Another draw would be another result.
-        return _attend_plainly(*inputs, tokens=tokens, absent=absent, dropout=dropout)
+        return _attend_plainly(inputs)
     # No fused kernel here has a gradient for the bias, and the plain expression keeps its weights, which are
     # by far the largest thing a layer keeps.
-    return _Attention.apply(*inputs, tokens, absent)
+    return _Attention.apply(queries, keys, values, table, tokens, absent)
+
+
+class _Inputs(NamedTuple):
+    """What `attend` is given."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    tokens: int
+    absent: Tensor | None
+    dropout: float = 0.0
+
+    def bias(self) -> Tensor:
+        rows = distance_rows(self.table, self.tokens)
+        return _bias(self.queries, rows, self.keys.shape[2], self.tokens, self.absent)
 
 
 class _Attention(torch.autograd.Function):
@@ -99,7 +115,7 @@ class _Attention(torch.autograd.Function):
         tokens: int,
         absent: Tensor | None,
     ) -> Tensor:
-        found = _attend_by_parts(queries, keys, values, table, tokens=tokens, absent=absent, dropout=0.0)
+        found = _attend_by_parts(_Inputs(queries, keys, values, table, tokens, absent))
         ctx.save_for_backward(queries, keys, values, table, absent, found)  # type: ignore[arg-type]
         ctx.tokens = tokens  # type: ignore[attr-defined]
         return found
@@ -110,8 +126,8 @@ class _Attention(torch.autograd.Function):
         inputs, needed = [queries, keys, values, table], ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
 
-            def again(*parts: Tensor) -> Tensor:
-                return _attend_plainly(*parts, tokens=ctx.tokens, absent=absent, dropout=0.0)
+            def again(queries: Tensor, keys: Tensor, values: Tensor, table: Tensor) -> Tensor:
+                return _attend_plainly(_Inputs(queries, keys, values, table, ctx.tokens, absent))
 
             return *gradients_again(again, inputs, needed, gradient), None, None
         rows = distance_rows(table, ctx.tokens)
@@ -200,66 +216,41 @@ class _LinearOfGELU(torch.autograd.Function):
         return of_x, of_weight, of_bias
 
 
-def _attend_by_parts(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    *,
-    tokens: int,
-    absent: Tensor | None,
-    dropout: float,
-) -> Tensor:
+def _attend_by_parts(inputs: _Inputs) -> Tensor:
     """`_attend_fused` whose bias is never there as a whole."""
+    queries, keys, values, table, tokens, absent, dropout = inputs
     batch, heads, time, width = queries.shape
     found = queries.new_empty(batch, time, heads, width).transpose(1, 2)
     for row, of_heads, shared in _parts(queries, keys):
-        found[row, of_heads] = _attend_fused(
+        part = _Inputs(
             queries[row, of_heads],
             keys[row, shared],
             values[row, shared],
             table[of_heads],
-            tokens=tokens,
-            absent=None if absent is None else absent[row],
-            dropout=dropout,
+            tokens,
+            None if absent is None else absent[row],
+            dropout,
         )
+        found[row, of_heads] = _attend_fused(part)
     return found
 
 
-def _attend_fused(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    *,
-    tokens: int,
-    absent: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    heads = queries.shape[1]
+def _attend_fused(inputs: _Inputs) -> Tensor:
+    heads = inputs.queries.shape[1]
     return F.scaled_dot_product_attention(
-        queries,
-        keys.expand(-1, heads, -1, -1),
-        values.expand(-1, heads, -1, -1),
-        attn_mask=_bias(queries, distance_rows(table, tokens), keys.shape[2], tokens, absent),
-        dropout_p=dropout,
+        inputs.queries,
+        inputs.keys.expand(-1, heads, -1, -1),
+        inputs.values.expand(-1, heads, -1, -1),
+        attn_mask=inputs.bias(),
+        dropout_p=inputs.dropout,
         scale=1.0,
     )
 
 
-def _attend_plainly(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    *,
-    tokens: int,
-    absent: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    scores = queries @ keys.transpose(-1, -2)
-    scores += _bias(queries, distance_rows(table, tokens), keys.shape[2], tokens, absent)
-    return F.dropout(scores.softmax(-1), dropout) @ values
+def _attend_plainly(inputs: _Inputs) -> Tensor:
+    scores = inputs.queries @ inputs.keys.mT
+    scores += inputs.bias()
+    return F.dropout(scores.softmax(-1), inputs.dropout) @ inputs.values
 
 
 def _bias(queries: Tensor, rows: Tensor, keys: int, tokens: int, absent: Tensor | None) -> Tensor:

@@ -8,11 +8,11 @@ from pathlib import Path
 from benchmarks.corpus import (
     Corpus,
     Document,
-    _cut_at,
-    _pieces,
-    _split_documents,
-    _split_pieces,
-    _unique,
+    cut_at_starts,
+    cut_into_pieces,
+    split_documents,
+    split_pieces,
+    unique,
 )
 
 
@@ -39,14 +39,14 @@ def load_bytes(
         ValueError: if there is too little to split, or nothing begins with `document_start`.
     """
     if document_start:
-        pieces = list(_cut_at(Document("", content), document_start))
+        pieces = list(cut_at_starts(Document("", content), document_start))
         if not pieces:
             raise ValueError(f"no line in {description} starts with document_start ({document_start!r})")
-        documents = list(_unique(pieces, min_bytes))
-        training, tail = _split_documents(documents, held_out=held_out)
+        documents = list(unique(pieces, min_bytes))
+        training, tail = split_documents(documents, held_out=held_out)
     else:
-        documents = list(_pieces(content, min_bytes))
-        training, tail = _split_pieces(documents, held_out=held_out)
+        documents = list(cut_into_pieces(content, min_bytes))
+        training, tail = split_pieces(documents, held_out=held_out)
     if not training or not tail:
         raise ValueError(
             f"{description} is too short to split into training and held-out ({len(documents)} documents of "

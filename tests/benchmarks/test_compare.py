@@ -6,7 +6,6 @@ import io
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,10 @@ from benchmarks.settings import RunSpec, plan
 from benchmarks.summary import load
 from benchmarks.train import CannotWriteError, heading
 from benchmarks.worker import EXIT_CANNOT_WRITE, Reporter
-from tests.benchmarks.tiny import STREAM, TINY
+from tests.benchmarks.tiny import STREAM, TINY, comparison
+
+# More than any test waits for.
+LONG = ("steps=100000", "pause=0.005")
 
 
 def tiny_plan(*assignments: str, seed: int = 0) -> RunSpec:
@@ -134,18 +136,7 @@ def test_jobs_must_be_positive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_comparison_saves_itself_and_says_how_to_go_on(tmp_path: Path, number: int) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.cli",
-        "compare",
-        "--models",
-        TINY,
-        "--task",
-        STREAM,
-        "--smoke",
-    ]
-    command += ["--out", str(tmp_path), "--seeds", "0", "1", "--set", "steps=100000", "pause=0.005"]
+    command = comparison(tmp_path, "--seeds", "0", "1", "--set", *LONG)
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -154,7 +145,7 @@ def test_an_interrupted_comparison_saves_itself_and_says_how_to_go_on(tmp_path: 
         # A shell lets what it starts in the background ignore Ctrl-C, and so these tests' own children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    specs = [tiny_plan("steps=100000", "pause=0.005", seed=seed) for seed in (0, 1)]
+    specs = [tiny_plan(*LONG, seed=seed) for seed in (0, 1)]
     folders = [Results(tmp_path).run_folder(spec.id) for spec in specs]
     _wait_for(
         lambda: all((read_json(f / "progress.json") or {}).get("step", 0) > 2 for f in folders), process
@@ -174,20 +165,8 @@ def test_an_interrupted_comparison_saves_itself_and_says_how_to_go_on(tmp_path: 
 
 
 def test_workers_end_when_the_comparison_is_killed(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.cli",
-        "compare",
-        "--models",
-        TINY,
-        "--task",
-        STREAM,
-        "--smoke",
-    ]
-    command += ["--out", str(tmp_path), "--set", "steps=100000", "pause=0.005"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    spec = tiny_plan("steps=100000", "pause=0.005")
+    process = subprocess.Popen(comparison(tmp_path, "--set", *LONG), stdout=subprocess.DEVNULL)
+    spec = tiny_plan(*LONG)
     results = Results(tmp_path)
     progress = results.run_folder(spec.id) / "progress.json"
     _wait_for(lambda: (read_json(progress) or {}).get("step", 0) > 2, process)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from benchmarks.compare import compare
 from benchmarks.progress import LineDisplay
 from benchmarks.results import FINISHED, Results, read_json
 from benchmarks.settings import plan
-from tests.benchmarks.tiny import STREAM, TINY
+from tests.benchmarks.tiny import STREAM, TINY, comparison
 
 LONG = ("steps=150", "pause=0.002")
 
@@ -23,19 +22,7 @@ LONG = ("steps=150", "pause=0.002")
 def test_killed_in_the_middle_it_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
     spec = plan(TINY, STREAM, 0, smoke=True, assignments=LONG)
     results = Results(tmp_path / "killed")
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.cli",
-        "compare",
-        "--models",
-        TINY,
-        "--task",
-        STREAM,
-        "--smoke",
-    ]
-    command += ["--out", str(results.folder), "--set", *LONG]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(comparison(results.folder, "--set", *LONG), stdout=subprocess.DEVNULL)
     progress = results.run_folder(spec.id) / "progress.json"
     deadline = time.monotonic() + 120
     while (read_json(progress) or {}).get("step", 0) < 3:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +32,12 @@ from memory_models.state import Memory, memory_state
 
 TINY = "tests.benchmarks.tiny:Tiny"
 STREAM = "tests.benchmarks.tiny:Stream"
+
+
+def comparison(out: Path, *options: str) -> list[str]:
+    """The command, for a process of its own, that compares `TINY` on `STREAM` and writes to `out`."""
+    what = ["compare", "--models", TINY, "--task", STREAM, "--smoke", "--out", str(out)]
+    return [sys.executable, "-m", "benchmarks.cli", *what, *options]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,21 @@
 """What the classic layers compute again on the way back: values and gradients of the plain expressions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memxl import AutoregressiveWrapper, ClassicMemory, MemoryTransformerXL, classic_loss, classic_recompute
+from memxl import (
+    AutoregressiveWrapper,
+    ClassicMemory,
+    MemoryTransformerXL,
+    classic_layers,
+    classic_loss,
+    classic_recompute,
+)
 from memxl.classic_loss import linear_cross_entropy
 from memxl.classic_recompute import attend, linear_of_gelu
 from memxl.classic_writer import copied_weights
@@ -149,8 +157,8 @@ def test_loss_of_ignored_rows_that_are_not_finite_or_far_apart() -> None:
     assert not of_x[1].any()
 
 
-def saved_bytes(run: Callable[[], object]) -> int:
-    """Bytes of different storages that autograd keeps."""
+def keeping(run: Callable[[], Tensor]) -> tuple[Tensor, dict[int, int]]:
+    """The result, and the storages that autograd keeps for its way back: bytes by address."""
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -159,19 +167,49 @@ def saved_bytes(run: Callable[[], object]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
-    del result
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return result, {address: tensor.untyped_storage().nbytes() for address, tensor in kept.items()}
 
 
-def test_attention_weights_are_not_kept() -> None:
-    queries, keys, table = draw(1, 2, 64, 4), draw(1, 2, 256, 4), draw(2, 256, 4)
+def storages(*parts: Tensor) -> dict[int, int]:
+    """As `keeping` tells them, each no larger than its tensor."""
+    return {part.untyped_storage().data_ptr(): part.numel() * part.element_size() for part in parts}
 
-    def run() -> Tensor:
-        return attend(queries, keys, keys, table, tokens=256, absent=None, dropout=0.0)
 
-    # The result too, which the map behind it keeps in any case.
-    parts = sum(part.numel() * 8 for part in (queries, keys, table, run()))
-    assert saved_bytes(run) <= parts < 2 * 64 * 256 * 8
+@pytest.mark.parametrize("ragged", [False, True])
+def test_attention_weights_are_not_kept(ragged: bool) -> None:
+    queries, keys, values, table = draw(1, 2, 64, 4), draw(1, 2, 256, 4), draw(1, 2, 256, 4), draw(2, 256, 4)
+    absent = torch.arange(256)[None] < 100 if ragged else None
+    weights = 2 * 64 * 256 * 8
+    _, plain = keeping(lambda: (queries @ keys.mT).softmax(-1) @ values)
+    assert max(plain.values()) == weights, "it would be seen if they were kept"
+
+    found, kept = keeping(
+        lambda: attend(queries, keys, values, table, tokens=256, absent=absent, dropout=0.0)
+    )
+    given = [queries, keys, values, table] if absent is None else [queries, keys, values, table, absent]
+    assert kept == storages(*given, found)
+    assert sum(kept.values()) < weights
+    # Nor beside, where autograd does not see them.
+    assert not any(isinstance(value, Tensor) for value in vars(found.grad_fn).values())
+
+
+def test_the_result_that_attention_keeps_is_what_the_map_behind_it_keeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    results: list[Tensor] = []
+
+    def watched(*inputs: Any, **options: Any) -> Tensor:
+        results.append(attend(*inputs, **options))
+        return results[-1]
+
+    monkeypatch.setattr(classic_layers, "attend", watched)
+    layer, x, table = classic_layers.ClassicAttention(8, 2).double(), draw(3, 5, 8), draw(2, 5, 4)
+    layer.to_out.register_forward_pre_hook(lambda module, inputs: results.append(inputs[0]))
+    nothing = x[:, :0]
+    layer(x, layer.open(nothing, nothing, None), table)
+    result, read = results
+    # One storage, so that keeping both costs what keeping one does.
+    assert storages(read) == storages(result)
 
 
 def build() -> MemoryTransformerXL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memxl import AutoregressiveWrapper, MemoryTransformerXL, NBRCGate
+from memxl import AutoregressiveWrapper, MemoryTransformerXL, NBRCGate, products
 from memxl.nbrc import nbrc, nbrc_plainly
 from memxl.products import apply_map, linear
 
@@ -58,6 +59,40 @@ def test_large_products_have_a_second_gradient() -> None:
         (first,) = torch.autograd.grad(product(x, weight).square().sum(), x, create_graph=True)
         second.append(torch.autograd.grad(first.sum(), weight)[0])
     torch.testing.assert_close(*second, rtol=1e-4, atol=0.05)
+
+
+def losses_and_gradients(wrapper: AutoregressiveWrapper, tokens: Tensor) -> list[Tensor]:
+    losses = torch.stack([found.loss for found in wrapper(tokens, return_loss=True)])
+    weights = list(wrapper.parameters())
+    return [losses, *torch.autograd.grad(losses.sum(), weights, allow_unused=True, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("way", ["by oneDNN", "without its operator", "switched off"])
+def test_a_model_is_the_same_with_onednn_and_without(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if way == "by oneDNN" and not (operator and torch.backends.mkldnn.enabled):
+        pytest.skip("this torch has no oneDNN")
+    called = 0
+
+    def watched(*inputs: Any) -> Tensor:
+        nonlocal called
+        called += 1
+        return operator(*inputs)
+
+    torch.manual_seed(2)
+    wrapper, tokens = wrapped(), torch.randint(11, (3, 18))
+    # Float64 never goes by oneDNN.
+    expected = losses_and_gradients(wrapper, tokens)
+    monkeypatch.setattr(products, "_WORTH_IT", 1)
+    # The operator is private, and may be gone from another torch.
+    known = {} if way == "without its operator" else {"_linear_pointwise": watched}
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**known))
+    if way == "switched off":
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    found = losses_and_gradients(wrapper.float(), tokens)
+    assert (called > 0) == (way == "by oneDNN")
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=3e-6)
 
 
 def test_hooks_and_other_maps_are_obeyed() -> None:
