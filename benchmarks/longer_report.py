@@ -75,12 +75,12 @@ def lengths(comparison: Comparison) -> list[int]:
 
 def draw_longer(comparison: Comparison, out: Path) -> list[Path]:
     """Draw both tables as lines over the length; returns the file."""
-    from benchmarks import plots
+    from benchmarks import drawing
 
     if not comparison.longer:
         return []
-    with plots.mpl.rc_context(plots.STYLE):
-        canvas = plots.Canvas(figsize=(11.5, 4.4), dpi=130, layout="constrained")
+    with drawing.mpl.rc_context(drawing.STYLE):
+        canvas = drawing.Canvas(figsize=(11.5, 4.4), dpi=130, layout="constrained")
         factors = lengths(comparison)
         panels = [(headline, title(comparison.headline)), (unseen, "gaps longer than any in the training")]
         rows = {row.model: row for row in comparison.rows}
@@ -93,9 +93,9 @@ def draw_longer(comparison: Comparison, out: Path) -> list[Path]:
                 known = [value for value in values if math.isfinite(value)]
                 if not known or model not in rows:
                     continue
-                look = plots.look_of(comparison, rows[model])
+                look = drawing.look_of(comparison, rows[model])
                 axes.plot(factors, values, **look)
-                plots.draw_band(axes, factors, figures, look["color"])
+                drawing.draw_band(axes, factors, figures, look["color"])
                 ends.append((model, known[-1], look["color"]))
             axes.set_xscale("log", base=2)
             axes.minorticks_off()
@@ -105,9 +105,9 @@ def draw_longer(comparison: Comparison, out: Path) -> list[Path]:
             if metric["unit"] == "accuracy":
                 axes.set_ylim(-0.03, 1.04)
             axes.set_title(label)
-            plots.label_ends(axes, ends)
+            drawing.label_ends(axes, ends)
         canvas.suptitle(f"{comparison.task}: longer than trained", x=0.01, ha="left", fontweight="bold")
-        return plots.write_pictures({PICTURE: canvas}, out)
+        return drawing.write_pictures({PICTURE: canvas}, out)
 
 
 def _in_order(comparison: Comparison) -> list[tuple[str, Mapping[int, Row]]]:

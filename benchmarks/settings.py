@@ -204,6 +204,7 @@ def plan(
 _CODE = (
     "memory_models",
     "benchmarks.train",
+    "benchmarks.resumable",
     "benchmarks.evaluate",
     "benchmarks.learning",
     "benchmarks.task",

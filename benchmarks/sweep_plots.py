@@ -15,7 +15,16 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MultipleLocator
 
-from benchmarks.plots import COLOURS, MARKERS, SPARE, STYLE, byte_label, label_ends, reference, write_pictures
+from benchmarks.drawing import (
+    COLOURS,
+    MARKERS,
+    SPARE,
+    STYLE,
+    byte_label,
+    label_ends,
+    reference,
+    write_pictures,
+)
 from benchmarks.summary import Figure, point, title
 from benchmarks.sweep import EVALUATED, TRAINED, Option
 from benchmarks.sweep_report import base_in_words

@@ -7,27 +7,23 @@ bit by bit, that it would have had without the interruption.
 from __future__ import annotations
 
 import dataclasses
-import io
 import logging
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from benchmarks.diagnose import memory_gradients, summarise_stats
 from benchmarks.evaluate import MODES, evaluate, take_weights
-from benchmarks.learning import accumulate_gradients, learning_rate, make_optimizer
 from benchmarks.members import build_model, tags_of
 from benchmarks.provenance import peak_memory, versions
-from benchmarks.results import DIVERGED, FAILED, FINISHED, Record, Results, write_atomically, write_json
+from benchmarks.results import DIVERGED, FAILED, FINISHED, Record, Results, write_json
+from benchmarks.resumable import CannotWriteError, DivergedError, Training, writing
 from benchmarks.settings import RunSpec, TrainSettings, cached_task, command_of
 from benchmarks.task import Task
 
@@ -35,19 +31,10 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
 MODEL = "model"
-LOSS_POINTS = 50
 
 
 class StoppedError(Exception):
     """The run was asked to stop; its checkpoint is written."""
-
-
-class DivergedError(Exception):
-    """The loss or the gradient is not finite."""
-
-
-class CannotWriteError(OSError):
-    """A result or a checkpoint cannot be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +80,7 @@ def run(
         RunBusyError: if another process does this run.
     """
     with results.claim(spec.id) as folder:
-        with _writing(folder):
+        with writing(folder):
             write_json(folder / "spec.json", spec.to_json())
         outcome: Record
         try:
@@ -116,7 +103,7 @@ def run(
                 "traceback": traceback.format_exc().splitlines()[-30:],
             }
         record = {**heading(spec), **outcome, "versions": versions()}
-        with _writing(results.lines):
+        with writing(results.lines):
             results.append(record)
         if record["status"] == FINISHED:
             # Only now: until the line is on the disk the checkpoint is all there is.
@@ -187,7 +174,7 @@ def _train_and_evaluate(
             task.batch(seed=spec.seed, step=number, batch_size=settings.batch_size) for number in following
         ]
         gradients = memory_gradients(model, spec.model, spec.model_options, batches)
-    with _writing(folder):
+    with writing(folder):
         keep_model(model, task, folder)
     return {
         "task_facts": describe_task(task),
@@ -255,160 +242,6 @@ def _evaluate_trained(
     }
 
 
-class Training:
-    """The state of a training run, and how it moves by one step.
-
-    Args:
-        spec: the run.
-        task: its data. The weights are drawn from torch's global generator here and now.
-    """
-
-    def __init__(self, spec: RunSpec, task: Task) -> None:
-        self.spec = spec
-        self.task = task
-        self.settings = spec.train
-        if spec.train.unroll > 1 and not task.streaming:
-            raise ValueError(
-                f"unroll ({spec.train.unroll}) is for streams; a batch of {task.name!r} is whole sequences, "
-                "and the gradient goes through all their segments"
-            )
-        self.model: Any = build_model(spec.model, spec.model_options, task.vocab_size)
-        self.optimizer = make_optimizer(self.model, spec.train)
-        self.step = 0
-        self.tokens = 0
-        self.memory: Any = None
-        self.curve: list[dict[str, float | None]] = []
-        self.losses: list[float] = []
-        self.last_loss = math.nan
-        self.seconds = {"training": 0.0, "evaluation": 0.0, "cpu": 0.0}
-
-    @property
-    def _store(self) -> Any:
-        # What lies outside the memory, as in `memorizing` with store="outside".
-        return getattr(self.model.module, "store", None)
-
-    @property
-    def rate(self) -> float:
-        """Steps per second."""
-        return self.step / max(self.seconds["training"], 1e-9)
-
-    @property
-    def recent_loss(self) -> float | None:
-        """Mean training loss over the last stretch of the learning curve."""
-        return self.curve[-1]["loss"] if self.curve else None
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds of the block to `seconds[name]` and its processor time to `seconds["cpu"]`."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - wall
-            self.seconds["cpu"] += time.process_time() - cpu
-
-    def advance(self) -> None:
-        """One optimiser step, and what the learning curve asks for after it.
-
-        Raises:
-            DivergedError: if the loss or the gradient is not finite; the weights are then as before.
-        """
-        settings = self.settings
-        with self.timed("training"):
-            batches = [
-                self.task.batch(seed=self.spec.seed, step=number, batch_size=settings.batch_size)
-                for number in range(self.step * settings.unroll, (self.step + 1) * settings.unroll)
-            ]
-            self.model.train()
-            self.optimizer.zero_grad(set_to_none=True)
-            value, self.memory = accumulate_gradients(
-                self.model, batches, self.memory, through=settings.gradient
-            )
-            if not math.isfinite(value):
-                raise DivergedError(f"the loss is {value} at step {self.step + 1} of {settings.steps}")
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip, foreach=True).item()
-            if not math.isfinite(norm):
-                raise DivergedError(
-                    f"the gradient's norm is {norm} at step {self.step + 1} of {settings.steps}"
-                )
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, settings)
-            self.optimizer.step()
-            if not self.task.streaming:
-                self.memory = None
-            self.step += 1
-            self.tokens += sum(batch.tokens.numel() for batch in batches)
-            self.losses.append(value)
-            self.last_loss = value
-        self._draw_curve()
-
-    def _draw_curve(self) -> None:
-        settings, step = self.settings, self.step
-        evaluates = _is_mark(step, settings.steps, settings.curve_points)
-        if not (evaluates or _is_mark(step, settings.steps, LOSS_POINTS)):
-            return
-        point: dict[str, float | None] = {"step": step, "loss": sum(self.losses) / len(self.losses)}
-        self.losses = []
-        if evaluates:
-            with self.timed("evaluation"):
-                found = evaluate(
-                    self.model, self.task, rows=settings.evaluation_rows, batches=settings.curve_batches
-                )
-            point["score"] = found.scores[self.task.headline]
-        self.curve.append(point)
-
-    def save(self, path: Path) -> None:
-        """Write all that is needed to go on, atomically.
-
-        Raises:
-            CannotWriteError: if the disk refuses; the checkpoint before still stands.
-        """
-        state = {
-            "id": self.spec.id,
-            "step": self.step,
-            "tokens": self.tokens,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "memory": None if self.memory is None else self.memory.detach().tensors(),
-            "store": None if self._store is None else f"store-{self.step}",
-            "generator": torch.get_rng_state(),
-            "curve": self.curve,
-            "losses": self.losses,
-            "seconds": self.seconds,
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        with _writing(path):
-            if self._store is not None:
-                # Under a name of its own: until the checkpoint is there, the one before needs its own store.
-                self._store.save(path.with_name(state["store"]))
-            write_atomically(path, buffer.getvalue())
-            for old in path.parent.glob("store-*"):
-                if old.name != state["store"]:
-                    old.unlink(missing_ok=True)
-
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint, if there is one that can be read."""
-        try:
-            state = torch.load(path, weights_only=True)
-        except FileNotFoundError:
-            return
-        except Exception as error:
-            logger.warning("%s cannot be read (%s); the run starts afresh", path, error)
-            return
-        if state["id"] != self.spec.id:
-            raise ValueError(f"{path} belongs to run {state['id']}, not to {self.spec.id}")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["memory"] is not None:
-            self.memory = _memory_from(state["memory"], self.model.init_memory(self.settings.batch_size))
-        self.step, self.tokens = state["step"], state["tokens"]
-        self.curve, self.losses, self.seconds = state["curve"], state["losses"], state["seconds"]
-        if self._store is not None:
-            self._store.load(path.with_name(state["store"]))
-        torch.set_rng_state(state["generator"])
-
-
 def probe(
     model: Any, task: Task, settings: TrainSettings, *, heartbeat: Callable[[], None]
 ) -> dict[str, Any]:
@@ -453,27 +286,3 @@ def keep_model(model: Any, task: Task, folder: Path) -> None:
 
     save_model(model, folder / MODEL)
     task.keep(folder / MODEL)
-
-
-def _is_mark(step: int, steps: int, points: int) -> bool:
-    """Whether `step` is one of `points` evenly spread over `steps`, the last one included."""
-    return points > 0 and step * points // steps != (step - 1) * points // steps
-
-
-def _memory_from(tensors: dict[str, Tensor], like: Any) -> Any:
-    names = list(like.tensors())
-    if set(names) != set(tensors):
-        raise ValueError("the checkpoint's memory is not the one of this model")
-    _, structure = pytree.tree_flatten(like)
-    return pytree.tree_unflatten([tensors[name] for name in names], structure)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CannotWriteError(
-            f"cannot write {path}: {error.strerror or error}. What was finished is safe; make room, then "
-            "give the same command again"
-        ) from error

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from htm import attend as inner
+from htm.checks import check_floating, check_mask, check_shape
+from htm.choose import all_of, best_chunks, chunk_weights, readable_places
 from htm.chunks import positions_like, summarize, with_previous
 from memory_models.transformer import MATCHING_SCALE
 
@@ -141,14 +143,14 @@ class HTMAttention(nn.Module):
             ValueError: if a rank, width, batch size, mask shape or mask dtype does not fit.
         """
         self._check_queries(queries)
-        _check_floating("memories", memories, ("batch", "time", "dim"), (queries.shape[0], None, self.dim))
+        check_floating("memories", memories, ("batch", "time", "dim"), (queries.shape[0], None, self.dim))
         batch, time, _ = memories.shape
         chunks = -(-time // self.mem_chunk_size)
         if mask is not None:
-            _check_mask("mask", mask, ("batch", "time"), (batch, time))
+            check_mask("mask", mask, ("batch", "time"), (batch, time))
         if chunk_attn_mask is not None:
             expected = (batch, queries.shape[1], chunks)
-            _check_mask("chunk_attn_mask", chunk_attn_mask, ("batch", "queries", "chunks"), expected)
+            check_mask("chunk_attn_mask", chunk_attn_mask, ("batch", "queries", "chunks"), expected)
         if self.detach_memories:
             memories = memories.detach()
         if self.matching:
@@ -196,18 +198,18 @@ class HTMAttention(nn.Module):
         self._check_queries(queries)
         batch, size, dim = queries.shape[0], self.mem_chunk_size, self.memory_dim
         axes = ("batch", "chunks", "mem_chunk_size", "dim")
-        _check_floating("contents", contents, axes, (batch, None, size, dim))
+        check_floating("contents", contents, axes, (batch, None, size, dim))
         chunks = contents.shape[1]
-        _check_floating("summaries", summaries, ("batch", "chunks", "dim"), (batch, chunks, dim))
+        check_floating("summaries", summaries, ("batch", "chunks", "dim"), (batch, chunks, dim))
         if lengths is not None:
             if lengths.is_floating_point() or lengths.dtype == torch.bool:
                 raise ValueError(f"lengths must be integers, got {lengths.dtype}; count the tokens per chunk")
-            _check_shape("lengths", lengths, ("batch", "chunks"), (batch, chunks))
+            check_shape("lengths", lengths, ("batch", "chunks"), (batch, chunks))
         if mask is not None:
-            _check_mask("mask", mask, ("batch", "chunks", "mem_chunk_size"), (batch, chunks, size))
+            check_mask("mask", mask, ("batch", "chunks", "mem_chunk_size"), (batch, chunks, size))
         if chunk_mask is not None:
             rows = 1 if chunk_mask.ndim == 3 and chunk_mask.shape[1] == 1 else queries.shape[1]
-            _check_mask("chunk_mask", chunk_mask, ("batch", "queries", "chunks"), (batch, rows, chunks))
+            check_mask("chunk_mask", chunk_mask, ("batch", "queries", "chunks"), (batch, rows, chunks))
         if lengths is not None and lengths.device.type == "cpu" and not torch.compiler.is_compiling():
             # Asking is cheap on a CPU, and a memory of full chunks, the usual one, needs no masks at all.
             lengths = None if bool((lengths == size).all()) else lengths
@@ -235,8 +237,8 @@ class HTMAttention(nn.Module):
         with torch.no_grad():
             available = None if lengths is None else (lengths > 0)[:, None]
             asked = self._summary_queries(queries)
-            chosen, scores, allowed = _choose(asked, summaries, available, self.topk_mems)
-            return chosen, _weights(scores, allowed)
+            chosen, scores, allowed = best_chunks(asked, summaries, available, self.topk_mems)
+            return chosen, chunk_weights(scores, allowed)
 
     # axes below: b batch, i queries, m chunks, k chosen chunks, c places in a chunk, n tokens,
     # h heads, e width of a head, d dim
@@ -251,24 +253,24 @@ class HTMAttention(nn.Module):
     ) -> Tensor:
         b, i, _ = queries.shape
         m, c = summaries.shape[1], self.mem_chunk_size
-        available = _all_of(
+        available = all_of(
             None if lengths is None else (lengths > 0)[:, None],
             None if mask is None else mask.any(dim=-1)[:, None],
             chunk_mask,
         )
         if m == 0:
             available = summaries.new_ones(b, i, 0, dtype=torch.bool)
-        chosen, scores, allowed = _choose(
+        chosen, scores, allowed = best_chunks(
             self._summary_queries(queries), summaries, available, self.topk_mems
         )
         folded = self._folded_queries(queries)
         mixed, _ = _attend_here()(
             folded,
-            scores.to(folded.dtype) if self.matching else _weights(scores, allowed).to(folded.dtype),
+            scores.to(folded.dtype) if self.matching else chunk_weights(scores, allowed).to(folded.dtype),
             chosen,
             tokens,
             positions_like(c, folded) if self.add_pos_enc else None,
-            _readable(chosen, allowed, lengths, mask, c),
+            readable_places(chosen, allowed, lengths, mask, c),
             c,
             self.dim,
             self.matching,
@@ -309,7 +311,7 @@ class HTMAttention(nn.Module):
         return torch.cat((folded * self.mix_own, folded * self.mix_previous), dim=-1)
 
     def _check_queries(self, queries: Tensor) -> None:
-        _check_floating("queries", queries, ("batch", "queries", "dim"), (None, None, self.dim))
+        check_floating("queries", queries, ("batch", "queries", "dim"), (None, None, self.dim))
 
 
 class HTMBlock(nn.Module):
@@ -345,111 +347,6 @@ def _attend_here() -> Callable[..., tuple[Tensor, Tensor]]:
     return inner.attend_without_gradient
 
 
-def _choose(
-    summary_queries: Tensor, summaries: Tensor, available: Tensor | None, topk: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The best chunks of each query.
-
-    Args:
-        summary_queries: `[b, i, d]`.
-        summaries: `[b, m, d]`.
-        available: bool `[b, 1 or i, m]`, false where a chunk must not be read; None if all may.
-        topk: how many.
-
-    Returns:
-        Their indices and scores `[b, i, k]`, and which of them may be read, None if all.
-    """
-    summaries = summaries.to(summary_queries.dtype)
-    count = summaries.shape[1]
-    k = min(topk, count)
-    # With gradient either the scores of all chunks, or of the chosen ones once more: whichever is smaller.
-    # Per query only the latter keeps a NaN in a forbidden summary from meeting a zero in the backward.
-    gradient = torch.is_grad_enabled()
-    dense = gradient and count <= k * summaries.shape[-1] and (available is None or available.shape[1] == 1)
-    if dense and available is not None:
-        summaries = torch.where(available.mT, summaries, 0)
-    with torch.set_grad_enabled(dense):
-        scores = summary_queries @ summaries.mT
-    ranked = scores.detach()
-    if available is not None:
-        ranked = torch.where(available, ranked, -math.inf)
-    best, chosen = ranked.topk(k)
-    allowed = None if available is None else available.expand(scores.shape).gather(-1, chosen)
-    if dense:
-        best = scores.gather(-1, chosen)
-    elif gradient:
-        picked = _pick(summaries, chosen)
-        if allowed is not None:
-            picked = torch.where(allowed[..., None], picked, 0)
-        best = (picked @ summary_queries[..., None]).squeeze(-1)
-    if allowed is not None:
-        best = best.masked_fill(~allowed, torch.finfo(best.dtype).min)
-    return chosen, best, allowed
-
-
-def _weights(scores: Tensor, allowed: Tensor | None) -> Tensor:
-    """Softmax over the chosen chunks' scores `[b, i, k]`, zero for a chunk that must not be read."""
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    return weights if allowed is None else torch.where(allowed, weights, 0)
-
-
 def _key_length(width: int) -> float:
     # the length of a key as torch's default weights make it from a memory of unit mean square
     return math.sqrt(width / 3)
-
-
-def _readable(
-    chosen: Tensor, allowed: Tensor | None, lengths: Tensor | None, mask: Tensor | None, chunk_size: int
-) -> Tensor | None:
-    """Bool `[b, i, k, c]`: the places of the chosen chunks that may be read; None when all may."""
-    if allowed is None:
-        return None
-    if mask is not None:
-        return allowed[..., None] & _pick(mask, chosen)
-    if lengths is not None:
-        place = torch.arange(chunk_size, device=lengths.device)
-        return allowed[..., None] & (place < _pick(lengths, chosen)[..., None])
-    return allowed[..., None].expand(*allowed.shape, chunk_size)
-
-
-def _pick(chunks: Tensor, chosen: Tensor) -> Tensor:
-    """From `[b, m, ...]` the chosen `[b, i, k]`, as `[b, i, k, ...]`."""
-    rows = inner.in_flat_batch(chosen, chunks.shape[1])
-    return chunks.flatten(0, 1).index_select(0, rows.flatten()).view(*chosen.shape, *chunks.shape[2:])
-
-
-def _all_of(*masks: Tensor | None) -> Tensor | None:
-    given = [mask for mask in masks if mask is not None]
-    if not given:
-        return None
-    combined = given[0]
-    for mask in given[1:]:
-        combined = combined & mask
-    return combined
-
-
-def _check_floating(
-    name: str, tensor: Tensor, axes: tuple[str, ...], expected: tuple[int | None, ...]
-) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {tensor.dtype}; embed or convert it first")
-    _check_shape(name, tensor, axes, expected)
-
-
-def _check_mask(name: str, mask: Tensor, axes: tuple[str, ...], expected: tuple[int | None, ...]) -> None:
-    if mask.dtype != torch.bool:
-        raise ValueError(
-            f"{name} must be bool, true where reading is allowed, got {mask.dtype}; use {name}.bool()"
-        )
-    _check_shape(name, mask, axes, expected)
-
-
-def _check_shape(name: str, tensor: Tensor, axes: tuple[str, ...], expected: tuple[int | None, ...]) -> None:
-    shape = tuple(tensor.shape)
-    fits = len(shape) == len(expected)
-    fits = fits and all(want is None or have == want for have, want in zip(shape, expected, strict=True))
-    if not fits:
-        wanted = [
-            axis if want is None else f"{axis}={want}" for axis, want in zip(axes, expected, strict=True)
-        ]
-        raise ValueError(f"{name} must have shape [{', '.join(wanted)}], got {list(shape)}")

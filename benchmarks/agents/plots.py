@@ -30,7 +30,7 @@ def draw_curves(
         best: the highest possible return.
     """
     # Here, because matplotlib takes a second to import.
-    from benchmarks.plots import COLOURS, SPARE, STYLE, Canvas, label_ends, mpl, write_pictures
+    from benchmarks.drawing import COLOURS, SPARE, STYLE, Canvas, label_ends, mpl, write_pictures
 
     with mpl.rc_context(STYLE):
         canvas = Canvas(figsize=(11.5, 4.4), dpi=130, layout="constrained")

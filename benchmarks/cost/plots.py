@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.document import Picture
-from benchmarks.plots import COLOURS, MARKERS, SPARE, STYLE, label_ends
+from benchmarks.drawing import COLOURS, MARKERS, SPARE, STYLE, label_ends
 from benchmarks.results import Record, write_atomically
 
 _MIB = 2**20

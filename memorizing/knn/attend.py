@@ -7,13 +7,17 @@ search has already computed, the values are summed where they lie, and so are th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from memorizing.knn.exact import TopK
+from memorizing.knn.results import Attended
+from memorizing.knn.ring import Ring, Unchanged
 
 _CHUNK = 1 << 22  # numbers gathered at a time where a table cannot be summed in place
 
@@ -150,3 +154,59 @@ def attend_pairs(
     output = _WeightedSum.apply(weights, pairs)
     total = torch.where(some, denominator, -torch.inf).squeeze(-1)
     return output, total, weights.detach()
+
+
+def attend_found(
+    ring: Ring,
+    rows: Sequence[int],
+    queries: Tensor,
+    found: TopK,
+    *,
+    metric: str,
+    scale: Tensor | float,
+    snapshot: bool,
+) -> Attended:
+    """`attend_pairs` to what a search has found in a ring, with the queries as the user gave them.
+
+    Args:
+        ring: where the pairs lie.
+        rows: `n` rows of it.
+        queries: `[n, ..., dim]`, `q` for each row, in any floating dtype on any device.
+        found: scores and slots `[n, q, k]` of these queries.
+        metric: "ip", "cosine" or "l2".
+        scale: factor of the scores, a number or a tensor that broadcasts to `[n, ...]`.
+        snapshot: copy the pairs, so that the backward pass does not need them to stay where they are.
+
+    Returns:
+        Output, logsumexp and weights in the queries' dtype, and ids.
+    """
+    shape, k, device = queries.shape[:-1], found.slots.shape[-1], ring.keys.device
+    asked = queries.to(device, ring.compute_dtype)
+    if isinstance(scale, Tensor):
+        scale = scale.to(device, asked.dtype).expand(shape).reshape(-1, 1)
+    asked = asked.reshape(-1, queries.shape[-1])
+    if metric == "cosine":
+        asked = F.normalize(asked, dim=-1)
+    ids = ring.ids(rows, found.slots)
+    pairs = Pairs(
+        slots=ring.flat(rows, found.slots.clamp(min=0)).flatten(0, 1),
+        mask=(found.slots >= 0).flatten(0, 1),
+        # .data: writing to other slots is allowed before the backward pass, and must not look like a
+        # change to autograd; whether these slots were written is checked precisely.
+        keys=ring.keys.data.flatten(0, 1),
+        values=ring.values.data.flatten(0, 1),
+        scale=None if ring.scale is None else ring.scale.flatten(),
+        check=Unchanged(ring, rows, ids),
+    )
+    if snapshot:
+        pairs = pairs.copied()
+    with torch.autocast(device.type, enabled=False):
+        output, total, weights = attend_pairs(
+            asked, found.scores.flatten(0, 1), pairs, metric=metric, scale=scale
+        )
+    return Attended(
+        output.view(*shape, ring.values.shape[2]).to(queries),
+        total.view(shape).to(queries),
+        ids.view(*shape, k).to(queries.device),
+        weights.view(*shape, k).to(queries),
+    )

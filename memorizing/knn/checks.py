@@ -77,6 +77,30 @@ def floating(name: str, tensor: Tensor, shape: tuple[int | None, ...], legend: s
         raise ValueError(f"{name} must be {legend} = [{wanted}], got {list(tensor.shape)}")
 
 
+def queries(queries: Tensor, *, rows: int, dim: int) -> None:
+    """Queries `[rows, ..., dim]` of floating point.
+
+    Raises:
+        TypeError: if they are no tensor, or not of floating point.
+        ValueError: if the shape differs.
+    """
+    any_length = (None,) * (queries.dim() - 2) if isinstance(queries, Tensor) else ()
+    floating("queries", queries, (rows, *any_length, dim), "[batch, ..., dim]")
+
+
+def ids(ids: Tensor, *, rows: int) -> None:
+    """Ids `[rows, ...]`, int64.
+
+    Raises:
+        TypeError: if they are no such tensor.
+        ValueError: if the shape differs.
+    """
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        raise TypeError("ids must be an int64 tensor, as lookup() returns it")
+    if ids.dim() == 0 or ids.shape[0] != rows:
+        raise ValueError(f"ids must be [batch, ...] with batch {rows}, got {list(ids.shape)}")
+
+
 def finite(name: str, tensor: Tensor) -> None:
     """No NaN and no infinity: one such key would be found by every query, or spoil its neighbours' block.
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from memorizing.knn import checks, packing, pages, storage
-from memorizing.knn.attend import Pairs, attend_pairs
+from memorizing.knn import checks, packing, storage
+from memorizing.knn.attend import attend_found
+from memorizing.knn.exact import TopK
 from memorizing.knn.faiss_engine import FaissOptions
-from memorizing.knn.results import Attended, Entry, Gathered, Held, Lookup, RowStats
-from memorizing.knn.ring import Ring, Unchanged
+from memorizing.knn.results import Attended, Entry, Gathered, Held, Lookup, RowStats, entries
+from memorizing.knn.ring import Ring
 from memorizing.knn.search import Search
 
 METRICS = ("ip", "cosine", "l2")
@@ -244,17 +244,10 @@ class KNNMemory:
                 f"values have {self.value_dim} numbers and keys {self.dim}, which do not stack: "
                 "use lookup() and gather()"
             )
-        slots = self._find(queries, topk, nprobe, increment_hits)[1]
-        mask = slots >= 0
-        flat = self._ring.flat(self._scope, slots.clamp(min=0)).flatten()
-        pairs = pages.empty(flat.numel(), 2, self.dim, dtype=self.dtype, device=self.device)
-        torch.index_select(self._ring.keys.flatten(0, 1), 0, flat, out=pairs[:, 0])
-        torch.index_select(self._ring.values.flatten(0, 1), 0, flat, out=pairs[:, 1])
-        if not mask.all():
-            pairs[~mask.flatten()] = 0
+        slots = self._find(queries, topk, nprobe, increment_hits).slots
         shape = (*queries.shape[:-1], slots.shape[-1])
-        pairs = pairs.view(*shape, 2, self.dim).to(queries.device, queries.dtype)
-        return pairs, mask.view(shape).to(queries.device)
+        pairs = self._ring.stacked(self._scope, slots).view(*shape, 2, self.dim)
+        return pairs.to(queries.device, queries.dtype), (slots >= 0).view(shape).to(queries.device)
 
     def lookup(
         self,
@@ -313,10 +306,7 @@ class KNNMemory:
         return torch.where(held.to(ids.device), newest - ids, -1)
 
     def _located(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-            raise TypeError("ids must be an int64 tensor, as lookup() returns it")
-        if ids.dim() == 0 or ids.shape[0] != len(self._scope):
-            raise ValueError(f"ids must be [batch, ...] with batch {len(self._scope)}, got {list(ids.shape)}")
+        checks.ids(ids, rows=len(self._scope))
         return self._ring.find(self._scope, ids.to(self.device))
 
     def attend(
@@ -349,39 +339,16 @@ class KNNMemory:
             RuntimeError: in the backward pass, if retrieved pairs are gone and there is no snapshot.
             TypeError, ValueError: as `search`.
         """
-        scores, slots = self._find(queries, k, nprobe, True)
         if scale is None:
             scale = self.dim**-0.5 if self.metric == "ip" else 1.0
-        asked = queries.to(self.device, self._ring.compute_dtype)
-        if isinstance(scale, Tensor):
-            scale = scale.to(self.device, asked.dtype).expand(asked.shape[:-1]).reshape(-1, 1)
-        asked = asked.reshape(-1, self.dim)
-        if self.metric == "cosine":
-            asked = F.normalize(asked, dim=-1)
-        ids = self._ring.ids(self._scope, slots)
-        ring, mask = self._ring, (slots >= 0).flatten(0, 1)
-        pairs = Pairs(
-            slots=ring.flat(self._scope, slots.clamp(min=0)).flatten(0, 1),
-            mask=mask,
-            # .data: writing to other slots is allowed before the backward pass, and must not look like a
-            # change to autograd; whether these slots were written is checked precisely.
-            keys=ring.keys.data.flatten(0, 1),
-            values=ring.values.data.flatten(0, 1),
-            scale=None if ring.scale is None else ring.scale.flatten(),
-            check=Unchanged(ring, self._scope, ids),
-        )
-        if snapshot:
-            pairs = pairs.copied()
-        shape = queries.shape[:-1]
-        with torch.autocast(self.device.type, enabled=False):
-            output, total, weights = attend_pairs(
-                asked, scores.flatten(0, 1), pairs, metric=self.metric, scale=scale
-            )
-        return Attended(
-            output.view(*shape, self.value_dim).to(queries),
-            total.view(shape).to(queries),
-            ids.view(*shape, k).to(queries.device),
-            weights.view(*shape, k).to(queries),
+        return attend_found(
+            self._ring,
+            self._scope,
+            queries,
+            self._find(queries, k, nprobe, True),
+            metric=self.metric,
+            scale=scale,
+            snapshot=snapshot,
         )
 
     @torch.no_grad()
@@ -392,23 +359,21 @@ class KNNMemory:
         nprobe: int | None,
         increment_hits: bool,
         within: range | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> TopK:
         """Scores and slots, `[batch, q, k]`."""
         k = checks.whole("k", k, least=0)
         if nprobe is not None:
             checks.whole("nprobe", nprobe, least=1)
         asked = self._asked(queries)
-        scores, slots = self._search.find(self._scope, asked, k, probes=nprobe, within=within)
+        found = self._search.find(self._scope, asked, k, probes=nprobe, within=within)
         if self._ring.hits is not None and increment_hits:
-            found = self._ring.flat(self._scope, slots)[slots >= 0]
-            self._ring.hits.view(-1).index_add_(0, found, torch.ones_like(found))
-        return scores, slots
+            hit = self._ring.flat(self._scope, found.slots)[found.slots >= 0]
+            self._ring.hits.view(-1).index_add_(0, hit, torch.ones_like(hit))
+        return found
 
     def _asked(self, queries: Tensor) -> Tensor:
         """Queries `[batch, q, dim]` where and as they are computed with."""
-        any_length = (None,) * (queries.dim() - 2) if isinstance(queries, Tensor) else ()
-        legend = "[batch, ..., dim]"
-        checks.floating("queries", queries, (len(self._scope), *any_length, self.dim), legend)
+        checks.queries(queries, rows=len(self._scope), dim=self.dim)
         asked = queries.detach().to(self.device, self._ring.compute_dtype)
         return asked.reshape(len(self._scope), math.prod(queries.shape[1:-1]), self.dim)
 
@@ -419,24 +384,12 @@ class KNNMemory:
             IndexError: if the row does not exist.
         """
         (row,) = checks.row_numbers(checks.whole("row", row, least=-(2**62)), self.num_indices)
-        ring = self._ring
-        slots = ring.slots(row)
-        ages = torch.arange(len(slots) - 1, -1, -1, device=self.device)
-        return Held(
-            ring.keys[row, slots],
-            ring.values[row, slots],
-            ring.first_id[row] + ring.total[row] - 1 - ages,
-            ages,
-            None if ring.hits is None else ring.hits[row, slots],
-        )
+        return self._ring.held(row)
 
     def __iter__(self) -> Iterator[Entry]:
         """Every pair, row by row, oldest first. `contents` is faster where a whole row is wanted."""
         for row in range(self.num_indices):
-            keys, values, ids, ages, hits = self.contents(row)
-            counted = [None] * len(ids) if hits is None else hits.tolist()
-            for index, (number, age) in enumerate(zip(ids.tolist(), ages.tolist(), strict=True)):
-                yield Entry(row, number, age, keys[index], values[index], counted[index])
+            yield from entries(row, self.contents(row))
 
     def stats(self) -> list[RowStats]:
         """The state of each row."""

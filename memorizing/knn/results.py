@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -80,3 +81,11 @@ class Attended(NamedTuple):
     logsumexp: Tensor
     ids: Tensor
     weights: Tensor
+
+
+def entries(row: int, held: Held) -> Iterator[Entry]:
+    """The pairs that `row` holds, one by one, oldest first."""
+    keys, values, ids, ages, hits = held
+    counted = [None] * len(ids) if hits is None else hits.tolist()
+    for index, (number, age) in enumerate(zip(ids.tolist(), ages.tolist(), strict=True)):
+        yield Entry(row, number, age, keys[index], values[index], counted[index])

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memorizing.knn import pages
+from memorizing.knn.results import Held
+
 
 class Change(NamedTuple):
     """What one write did to a row: the slots that lost their pair, and the slots that got one."""
@@ -149,6 +152,34 @@ class Ring:
     def flat(self, rows: Sequence[int], slots: Tensor) -> Tensor:
         """Slots `[len(rows), …]` as indices into the rows laid end to end."""
         return slots + self._per_row([row * self.capacity for row in rows], slots)
+
+    def held(self, row: int) -> Held:
+        """All pairs of the row, oldest first, copied."""
+        slots = self.slots(row)
+        ages = torch.arange(len(slots) - 1, -1, -1, device=self.keys.device)
+        return Held(
+            self.keys[row, slots],
+            self.values[row, slots],
+            self.first_id[row] + self.total[row] - 1 - ages,
+            ages,
+            None if self.hits is None else self.hits[row, slots],
+        )
+
+    def stacked(self, rows: Sequence[int], slots: Tensor) -> Tensor:
+        """Keys and values, of equal length, in `slots` `[len(rows), …]`, one pair after the other.
+
+        Returns:
+            `[slots.numel(), 2, dim]` in the storage dtype, zero for slot -1.
+        """
+        mask = slots >= 0
+        flat = self.flat(rows, slots.clamp(min=0)).flatten()
+        dim, dtype, device = self.keys.shape[2], self.keys.dtype, self.keys.device
+        pairs = pages.empty(flat.numel(), 2, dim, dtype=dtype, device=device)
+        torch.index_select(self.keys.flatten(0, 1), 0, flat, out=pairs[:, 0])
+        torch.index_select(self.values.flatten(0, 1), 0, flat, out=pairs[:, 1])
+        if not mask.all():
+            pairs[~mask.flatten()] = 0
+        return pairs
 
     @staticmethod
     def _per_row(numbers: Sequence[int], like: Tensor) -> Tensor:

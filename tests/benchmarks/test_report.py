@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import plots
+from benchmarks import drawing, plots
 from benchmarks.report import (
     as_csv,
     count,
@@ -260,18 +260,18 @@ def test_the_map_has_a_cell_for_each_model_and_point(folder: Path) -> None:
 
 def test_a_member_keeps_its_colour(folder: Path) -> None:
     comparison = load(folder)
-    looks = {row.model: plots._look(comparison, row)["color"] for row in comparison.rows}
+    looks = {row.model: drawing.look_of(comparison, row)["color"] for row in comparison.rows}
     assert len(set(looks.values())) == len(looks)
     (folder / "comparison.json").unlink()
     again = load(folder)
-    assert looks == {row.model: plots._look(again, row)["color"] for row in again.rows}
+    assert looks == {row.model: drawing.look_of(again, row)["color"] for row in again.rows}
 
 
 @pytest.mark.parametrize(
     "values", [[0.5], [1.0, 1.0, 1.0], [0.0, 0.02, 0.5, 0.98, 1.0], [1.0, 0.0, 1.0, 0.99]]
 )
 def test_labels_are_moved_apart_and_keep_their_order(values: list[float]) -> None:
-    places = plots._apart(values, 0.06, 0.0, 1.0)
+    places = drawing.apart(values, 0.06, 0.0, 1.0)
     assert all(-1e-9 <= place <= 1 + 1e-9 for place in places)
     order = sorted(range(len(values)), key=lambda i: places[i])
     for below, above in itertools.pairwise(order):

@@ -20,8 +20,9 @@ from benchmarks.results import (
     run_id,
     write_atomically,
 )
-from benchmarks.settings import RunSpec, TrainSettings, plan
+from benchmarks.settings import _CODE, RunSpec, TrainSettings, plan
 from tests.benchmarks.tiny import TINY
+from tests.test_architecture import ROOT, imported
 
 
 def test_an_id_changes_with_everything_that_changes_the_numbers() -> None:
@@ -85,6 +86,20 @@ def _digest_without_name(package: str) -> list[bytes]:
     from benchmarks.provenance import _code_of, _source_files
 
     return [_code_of(path) for path in _source_files(package)]
+
+
+def test_all_code_that_training_reaches_names_a_run() -> None:
+    # What a run is made of stands in its fields, and what is said of it beside its scores changes none.
+    aside = {"defaults", "settings", "members", "provenance", "results", "diagnose"}
+    reached, waiting = set(), ["benchmarks.train"]
+    while waiting:
+        module = waiting.pop()
+        path = ROOT / f"{module.replace('.', '/')}.py"
+        if module not in reached and path.exists():
+            reached.add(module)
+            waiting += [name for name in imported(path, at_import=True) if name.startswith("benchmarks.")]
+    assert "benchmarks.learning" in reached
+    assert reached - {f"benchmarks.{name}" for name in aside} <= set(_CODE)
 
 
 def test_a_module_that_is_not_there_counts_by_its_name() -> None:

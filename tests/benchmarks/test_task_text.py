@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import random
-import string
 import subprocess
 import sys
 from pathlib import Path
@@ -16,67 +13,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import tokens as encoding
-from benchmarks.corpus import Corpus, Document, load_corpus
+from benchmarks.corpus import load_corpus
 from benchmarks.names import occurrences
 from benchmarks.streams import NOTHING, ReadingOrder, deal
 from benchmarks.task import IGNORED, Batch, create_task
 from benchmarks.tasks.text import Text
+from tests.benchmarks.programs import KINDS, SEGMENT, corpus_of, make, pieces, write_programs
 from tests.reference import text as reference
-
-SEGMENT = 16
-KINDS = {"bytes": {"tokens": "bytes"}, "bpe": {"tokens": "bpe", "vocab_size": 300}}
-
-
-def source(index: int) -> str:
-    """Something like a program, with names of its own that come again near and far."""
-    draw = random.Random(index)
-    own = ["".join(draw.choices(string.ascii_lowercase, k=draw.randrange(2, 9))) for _ in range(12)]
-    # in two, three and four files: the border between rare and not
-    own += [f"pair{index // 2}", f"trio{index // 3}", f"four{index // 4}"] * 2
-    common = ["self", "value", "x", "items2", "_private", "for", "return"]
-    lines = []
-    for _ in range(draw.randrange(30, 160)):
-        called = draw.choice(own) + draw.choice(["", "_1", "2"])
-        indent = "    " * draw.randrange(3)
-        lines.append(
-            f"{indent}{draw.choice(common)} = {called}({draw.choice(own)}, 12e4) + 0xff # and then {called}"
-        )
-    return "\n".join(lines) + "\n"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("corpus")
-    for index in range(24):
-        (root / f"{index:02}.py").write_text(source(index))
-    return root
+    return write_programs(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def task(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Text:
     return make(folder, tmp_path_factory.mktemp("cache"), **KINDS[request.param])
-
-
-def make(folder: Path, cache: Path, **options: object) -> Text:
-    sizes = {"segment_length": SEGMENT, "evaluation_tokens": 5000, "min_bytes": 100}
-    made = create_task("text", cache=cache, data=str(folder), **{**sizes, **options})
-    assert isinstance(made, Text)
-    return made
-
-
-def corpus_of(folder: Path) -> Corpus:
-    return load_corpus(str(folder), min_bytes=100)
-
-
-def pieces(task: Text, document: Document) -> tuple[list[int], list[str]]:
-    """Ids and texts of a document's tokens, by the trained encoding itself."""
-    if task.config.tokens == "bytes":
-        return list(document.content), [chr(byte) for byte in document.content]
-    import tokenizers
-
-    encoded = tokenizers.Tokenizer.from_str(task._text.tokenizer).encode(document.content.decode())
-    return encoded.ids, [document.content.decode()[a:b] for a, b in encoded.offsets]
 
 
 def whole_rows(batches: list[Batch]) -> list[list[tuple[list[int], list[int]]]]:
@@ -94,9 +47,6 @@ def whole_rows(batches: list[Batch]) -> list[list[tuple[list[int], list[int]]]]:
             # padding only at the end of a document
             assert not (there[1:] & ~there[:-1]).any()
     return rows
-
-
-# streams
 
 
 def test_training_rows_are_whole_documents_read_in_order(task: Text, folder: Path) -> None:
@@ -171,9 +121,6 @@ def test_bytes_add_up_to_the_documents(task: Text, folder: Path) -> None:
         texts = pieces(task, document)[1][:5001]
         expected += sum(map(len, texts[1:]))
     assert total == expected
-
-
-# names and scores
 
 
 def test_names_of_a_hand_written_document() -> None:
@@ -299,9 +246,6 @@ def test_chance_is_uniform_and_the_floor_knows_frequencies(task: Text, folder: P
     assert task.chance()["bits per byte"] == pytest.approx(asked * math.log2(task.vocab_size) / size)
 
 
-# settings
-
-
 def test_the_fingerprint_follows_content_and_settings_not_the_place(folder: Path, tmp_path: Path) -> None:
     def fingerprint(root: Path, **options: object) -> str:
         return make(root, tmp_path / "cache", **{**KINDS["bytes"], **options}).fingerprint()
@@ -348,94 +292,6 @@ def test_any_segment_length_has_its_places(folder: Path, tmp_path: Path, length:
         counts[1].update(torch.zeros(*batch.tokens.shape, 256), batch)
     by_place = [n for name, n in counts[1].counts().items() if "/place" in name]
     assert sum(by_place) == counts[1].counts()["bits per byte"]
-
-
-# encoding
-
-
-def test_names_are_never_glued_to_anything(folder: Path, tmp_path: Path) -> None:
-    task = make(folder, tmp_path, **KINDS["bpe"])
-    assert task.vocab_size == 300
-    for document in corpus_of(folder).held_out:
-        texts = pieces(task, document)[1]
-        assert "".join(texts).encode() == document.content
-        for text in texts:
-            assert all(c.isalnum() or c == "_" for c in text) or not any(
-                c.isalnum() or c == "_" for c in text
-            )
-
-
-def test_the_encoding_is_learned_from_training_documents_only(folder: Path, tmp_path: Path) -> None:
-    corpus = corpus_of(folder)
-    other = tuple(Document(d.name, b"zzzzqqqq zzzzqqqq\n" * 100 + d.content) for d in corpus.held_out)
-    changed = Corpus(corpus.description, corpus.training, other)
-    a, b = (
-        encoding.tokenise(c, kind="bpe", vocab_size=300, cache=tmp_path / name)
-        for name, c in [("a", corpus), ("b", changed)]
-    )
-    assert a.tokenizer == b.tokenizer
-    assert a.fingerprint == b.fingerprint
-
-
-def test_any_text_is_encoded_byte_for_byte(tmp_path: Path) -> None:
-    text = "naïve café\r\n\t\x0b\x0c 中文 名前_x1 🙂🙂\n\n\n  end  \u2028 \u00a0x"
-    corpus = Corpus("", (Document("a", text.encode() * 20),), (Document("b", text.encode()),))
-    found = encoding.tokenise(corpus, kind="bpe", vocab_size=280, cache=tmp_path)
-    assert found.lengths[found.held_out[0]].sum() == len(text.encode())
-    assert found.lengths[found.training[0]].sum() == 20 * len(text.encode())
-    import tokenizers
-
-    assert tokenizers.Tokenizer.from_str(found.tokenizer).decode(found.held_out[0].tolist()) == text
-
-
-def test_the_encoding_is_made_once(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    first = make(folder, tmp_path, **KINDS["bpe"])
-    (kept,) = tmp_path.iterdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(encoding, "_byte_pairs", lambda *_: pytest.fail("trained again"))
-        second = make(folder, tmp_path, **KINDS["bpe"])
-    assert second.fingerprint() == first.fingerprint()
-    batches = (task.batch(seed=0, step=3, batch_size=4).tokens for task in (first, second))
-    assert torch.equal(*batches)
-    # a file that was cut short is made anew
-    kept.write_bytes(kept.read_bytes()[:1000])
-    assert make(folder, tmp_path, **KINDS["bpe"]).fingerprint() == first.fingerprint()
-    assert "cannot be read" in caplog.text
-    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
-
-
-def test_a_cache_that_cannot_be_written_is_only_a_warning(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").write_text("in the way")
-    assert make(folder, tmp_path / "file", **KINDS["bpe"]).vocab_size == 300
-    assert "cannot be written" in caplog.text
-
-
-def test_the_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert encoding.default_cache() == tmp_path / "memory-models"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert encoding.default_cache() == Path.home() / ".cache" / "memory-models"
-
-
-def test_the_encoding_is_kept_with_a_run(task: Text, tmp_path: Path) -> None:
-    task.keep(tmp_path / "run")
-    kept = tmp_path / "run" / "tokenizer.json"
-    assert kept.exists() == (task.config.tokens == "bpe")
-    if kept.exists():
-        assert len(json.loads(kept.read_text())["model"]["vocab"]) == task.vocab_size
-
-
-def test_without_tokenizers_the_error_tells_the_way_out(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"memory-models\[bench\].*tokens='bytes'"):
-        make(folder, tmp_path, **KINDS["bpe"])
-    assert make(folder, tmp_path, tokens="bytes").vocab_size == 256
 
 
 def test_importing_the_task_imports_no_tokenizers() -> None:

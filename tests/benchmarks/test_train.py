@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import train
+from benchmarks import resumable
 from benchmarks.evaluate import evaluate, segments
 from benchmarks.learning import accumulate_gradients, learning_rate, loss_of, make_optimizer
 from benchmarks.members import build_model
@@ -171,7 +171,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "write_atomically", full)
+        patch.setattr(resumable, "write_atomically", full)
         with pytest.raises(CannotWriteError, match=r"No space left on device.*same command"):
             run(spec, results)
     assert (results.run_folder(spec.id) / CHECKPOINT).read_bytes() == before

@@ -1,0 +1,46 @@
+"""What may be given to the HTM read, and what the message says otherwise."""
+
+import torch
+from torch import Tensor
+
+
+def check_floating(
+    name: str, tensor: Tensor, axes: tuple[str, ...], expected: tuple[int | None, ...]
+) -> None:
+    """A tensor of floating point with axes of the `expected` lengths, None for any length.
+
+    Raises:
+        ValueError: naming the tensor, what it is and what it must be.
+    """
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {tensor.dtype}; embed or convert it first")
+    check_shape(name, tensor, axes, expected)
+
+
+def check_mask(name: str, mask: Tensor, axes: tuple[str, ...], expected: tuple[int | None, ...]) -> None:
+    """A bool mask with axes of the `expected` lengths.
+
+    Raises:
+        ValueError: naming the tensor, what it is and what it must be.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"{name} must be bool, true where reading is allowed, got {mask.dtype}; use {name}.bool()"
+        )
+    check_shape(name, mask, axes, expected)
+
+
+def check_shape(name: str, tensor: Tensor, axes: tuple[str, ...], expected: tuple[int | None, ...]) -> None:
+    """A tensor with axes of the `expected` lengths, None for any length; `axes` are their names.
+
+    Raises:
+        ValueError: naming the tensor, what it is and what it must be.
+    """
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(expected)
+    fits = fits and all(want is None or have == want for have, want in zip(shape, expected, strict=True))
+    if not fits:
+        wanted = [
+            axis if want is None else f"{axis}={want}" for axis, want in zip(axes, expected, strict=True)
+        ]
+        raise ValueError(f"{name} must have shape [{', '.join(wanted)}], got {list(shape)}")
