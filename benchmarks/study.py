@@ -17,7 +17,11 @@ from benchmarks.results import Results, read_json, write_atomically
 from memory_models.registry import nearest
 
 EXIT_INTERRUPTED = 130
-TASKS = ("recall", "rewrite", "copy", "reverse", "selective-copy", "needle", "ballet", "text")
+TASKS = (
+    *("recall", "rewrite", "copy", "reverse", "selective-copy", "needle", "ballet", "text"),
+    # Known settings of other people's papers.
+    *("mqar", "rmt-copy", "rmt-reverse"),
+)
 # Longer sequences of these have the same vocabulary, so their models are evaluated on them as they are.
 LENGTHENED = ("rewrite", "selective-copy", "needle")
 FACTORS = ("2", "4", "8", "16")

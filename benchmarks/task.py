@@ -1,14 +1,16 @@
 """What a task is: batches that are a pure function of (seed, step), and a scorer that tells by distance.
 
-A new task is one file with a `Task` subclass and one line at the end of this module; `list`, `compare`
-and the tests over all tasks then find it by itself.
+A new task is one file in `benchmarks/tasks` with a `Task` subclass; `list`, `compare` and the tests over all
+tasks find it by itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -319,14 +321,16 @@ def _known_options(task_class: type[Task], options: dict[str, Any]) -> dict[str,
     return options
 
 
-tasks: Registry[Named] = Registry("task", group="memory_models.tasks")
-tasks.register(Named("recall", "benchmarks.tasks.recall:Recall"))
-tasks.register(Named("rewrite", "benchmarks.tasks.rewrite:Rewrite"))
-tasks.register(Named("copy", "benchmarks.tasks.copy:Copy"))
-tasks.register(Named("reverse", "benchmarks.tasks.copy:Reverse"))
-tasks.register(Named("selective-copy", "benchmarks.tasks.selective_copy:SelectiveCopy"))
-tasks.register(Named("needle", "benchmarks.tasks.needle:Needle"))
-tasks.register(Named("ballet", "benchmarks.tasks.ballet:Ballet"))
-tasks.register(Named("rmt-copy", "benchmarks.tasks.rmt:RMTCopy"))
-tasks.register(Named("rmt-reverse", "benchmarks.tasks.rmt:RMTReverse"))
-tasks.register(Named("text", "benchmarks.tasks.text:Text"))
+def find_tasks() -> Iterator[Named]:
+    """Each class with a name of its own in a file of `benchmarks/tasks`."""
+    from benchmarks import tasks as folder
+
+    for file in pkgutil.iter_modules(folder.__path__):
+        module = importlib.import_module(f"{folder.__name__}.{file.name}")
+        for found in vars(module).values():
+            own = isinstance(found, type) and issubclass(found, Task) and found.__module__ == module.__name__
+            if own and "name" in vars(found):
+                yield Named(found.name, f"{module.__name__}:{found.__name__}")
+
+
+tasks: Registry[Named] = Registry("task", group="memory_models.tasks", find=find_tasks)

@@ -11,7 +11,7 @@ import fnmatch
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -108,14 +108,23 @@ class Registry(Generic[E]):
         group: the entry-point group through which other distributions add entries; each entry point's
             name becomes the entry's name and its value the target.
         make: builds an entry from a plug-in's name and target.
+        find: gives more entries when a name is first asked for; they come before the plug-ins.
     """
 
-    def __init__(self, kind: str, *, group: str | None = None, make: Any = Named) -> None:
+    def __init__(
+        self,
+        kind: str,
+        *,
+        group: str | None = None,
+        make: Any = Named,
+        find: Callable[[], Iterable[E]] = tuple,
+    ) -> None:
         self.kind = kind
         self._group = group
         self._make = make
+        self._find_more = find
         self._entries: dict[str, E] = {}
-        self._plugins_read = group is None
+        self._complete = False
 
     def register(self, entry: E) -> None:
         """Add an entry.
@@ -149,38 +158,41 @@ class Registry(Generic[E]):
 
     def names(self, pattern: str = "*") -> list[str]:
         """Names that match a shell pattern, in order of registration."""
-        self._read_plugins()
+        self._read_more()
         return [name for name in self._entries if fnmatch.fnmatchcase(name, pattern)]
 
     def __iter__(self) -> Iterator[E]:
-        self._read_plugins()
+        self._read_more()
         return iter(list(self._entries.values()))
 
     def __contains__(self, name: object) -> bool:
-        self._read_plugins()
+        self._read_more()
         return name in self._entries
 
     def __len__(self) -> int:
-        self._read_plugins()
+        self._read_more()
         return len(self._entries)
 
     def _find(self, name: str) -> E:
-        self._read_plugins()
+        self._read_more()
         if name not in self._entries:
             raise UnknownNameError(f"unknown {self.kind} {name!r}. {nearest(name, self._entries)}")
         return self._entries[name]
 
-    def _read_plugins(self) -> None:
+    def _read_more(self) -> None:
         # Once, and late: reading the entry points of every installed distribution takes time that
         # `import memory_models` must not spend.
-        if self._plugins_read or self._group is None:
+        if self._complete:
             return
         before = dict(self._entries)
         try:
-            for point in importlib.metadata.entry_points(group=self._group):
+            for entry in self._find_more():
+                self.register(entry)
+            points = importlib.metadata.entry_points(group=self._group) if self._group else ()
+            for point in points:
                 self.register(self._make(point.name, point.value))
         except ValueError:
-            # All or none: a clash must not be heard once and then leave half of the plug-ins in place.
+            # All or none: a clash must not be heard once and then leave half of them in place.
             self._entries = before
             raise
-        self._plugins_read = True
+        self._complete = True

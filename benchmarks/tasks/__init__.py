@@ -1,1 +1,1 @@
-"""The tasks, one file each; `benchmarks.task.tasks` names them."""
+"""The tasks, one file each: a class with a `name` in a file here is a task (`benchmarks.task.tasks`)."""

@@ -23,7 +23,7 @@ from benchmarks.task import Batch, one_hot_logits
 
 @dataclass(frozen=True, kw_only=True)
 class RMTConfig:
-    """The sizes of `rmt-copy` and `rmt-reverse`; the defaults are the paper's short runs."""
+    """The sizes of `rmt-copy`; the defaults are one of the paper's short runs, 3 segments of 24."""
 
     length: int = 24
     """Symbols of X."""
@@ -42,6 +42,14 @@ class RMTConfig:
             raise ValueError(
                 f"symbols ({self.symbols}) must be at least 2, or there is nothing to tell apart"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMTReverseConfig(RMTConfig):
+    """The sizes of `rmt-reverse`; the defaults are one of the paper's short runs, 4 segments of 12."""
+
+    segments: int = 4
+    """Segments that X and the answer are cut into."""
 
 
 class RMTCopy(SequenceTask):
@@ -114,6 +122,7 @@ class RMTReverse(RMTCopy):
 
     name = "rmt-reverse"
     summary = "the reverse task of the Recurrent Memory Transformer, by gap in segments"
+    Config = RMTReverseConfig
     smoke: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {"length": 12, "segments": 4, "evaluation_sequences": 64}
     )

@@ -244,7 +244,7 @@ def test_rmt_sizes_are_the_paper_s() -> None:
         task = create_task("rmt-copy", segments=segments)
         assert task.segment_length == length
         assert task.batch(seed=0, step=0, batch_size=2).tokens.shape == (2, 72)
-    task = create_task("rmt-reverse", segments=4)
+    task = create_task("rmt-reverse")
     assert (task.segment_length, task.groups) == (12, ("gap 1", "gap 3"))
 
 

@@ -1,17 +1,21 @@
-"""Laws of every registered task, under its `smoke` options; a new task is tested by being registered."""
+"""Laws of every task, under its `smoke` options; a new task is tested by being in its folder."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import task as module
+from benchmarks import tasks as folder
 from benchmarks.task import (
     IGNORED,
     AccuracyScorer,
@@ -26,7 +30,7 @@ from benchmarks.task import (
     stable_seed,
     tasks,
 )
-from memory_models.registry import Named
+from memory_models.registry import Named, Registry
 
 NAMES = tasks.names()
 
@@ -257,7 +261,25 @@ class Echo(Task):
         return accuracies(self.groups, [0.25, 0.25], [1])
 
 
-def test_a_new_task_is_one_class_and_one_line() -> None:
+def test_a_new_task_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (
+        f"from {__name__} import Echo",
+        "class Mine(Echo):",
+        "    name = 'mine'",
+        "class Base(Echo): ...",
+    )
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(tmp_path)])
+    monkeypatch.setattr(module, "tasks", Registry("task", find=module.find_tasks))
+    try:
+        assert module.tasks.names() == [*NAMES, "mine"]
+        made = create_task("mine")
+        assert score(made, made.evaluation(batch_size=5), made.oracle)[0]["worst accuracy"] == 1
+    finally:
+        sys.modules.pop(f"{folder.__name__}.mine", None)
+
+
+def test_a_task_from_elsewhere_is_one_class_and_one_line() -> None:
     tasks.register(Named("echo", f"{__name__}:Echo"))
     try:
         assert "echo" in tasks.names()
