@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-compare: $(READY)  ## train and compare every member on recall, then on text (minutes on two cores)
+compare: $(READY)  ## train and compare every member on recall, then on text (15 to 20 minutes on two cores)
 	$(BIN)/memory-bench compare --task recall --models all "memformer gradient=replay"
 	$(BIN)/memory-bench compare --task text
 
