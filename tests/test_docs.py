@@ -199,6 +199,12 @@ def test_the_options_of_every_member_are_told_as_the_code_has_them(name: str) ->
     assert not [row for row in rows if row not in text]
 
 
+def test_every_task_has_its_line_in_the_table_of_tasks() -> None:
+    table = section(DOCS / "how-to" / "compare-on-your-task.md", "The tasks")
+    cells = re.findall(r"^\| (`.*?) \|", table, re.M)
+    assert sorted(name for cell in cells for name in re.findall(r"`([\w-]+)`", cell)) == sorted(tasks.names())
+
+
 def test_the_rules_of_the_contract_are_told_as_the_code_has_them() -> None:
     told = re.findall(r"^\| `([\w-]+)` \| (.*) \|$", section(DOCS / "contract.md", "`check_model`"), re.M)
     assert told == [(rule.name, rule.law) for rule in RULES.values()]
