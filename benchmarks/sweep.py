@@ -232,7 +232,7 @@ def write_sweep(plan: SweepPlan, results: Results, command: str) -> None:
         results.sweep,
         {
             "task": first.task,
-            "model": first.model,
+            "model": first.label,
             "command": command,
             "options": [{"name": o.name, "texts": o.texts, "values": o.values} for o in plan.options],
             "bases": [{"id": spec.id, "seed": spec.seed} for spec in plan.bases],
