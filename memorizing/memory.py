@@ -59,6 +59,9 @@ class PairMemory(Memory):
         shared = keys.shape[2] // stores
 
         def written(ring: Tensor, new: Tensor) -> Tensor:
+            if ring.shape[2] == 0:
+                # Without elements a shape cannot be inferred, which ONNX does for any number of rows.
+                return ring
             new = rearrange(new.detach()[:, :, ::shared], "b t h d -> (b h) t d").to(ring.dtype)
             # An exported graph must run without this library.
             write = append if torch.compiler.is_exporting() else _written

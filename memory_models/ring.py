@@ -31,6 +31,8 @@ def append(buffer: Tensor, total: Tensor, new: Tensor, lengths: Tensor | None = 
     if capacity == 0 or time == 0:
         return buffer
     new = new.to(buffer.dtype)
+    if torch.compiler.is_compiling():
+        return _appended(buffer, total, new, lengths)
     rows = torch.arange(buffer.shape[0], device=buffer.device)[:, None]
     if time > capacity:
         # Only the newest `capacity` entries survive; without this two entries would race for a slot.
@@ -48,6 +50,20 @@ def append(buffer: Tensor, total: Tensor, new: Tensor, lengths: Tensor | None = 
         real = (steps < lengths[:, None]).view(*slots.shape, *[1] * (new.dim() - 2))
         new = torch.where(real, new, buffer[rows, slots])
     return buffer.index_put((rows, slots), new)
+
+
+def _appended(buffer: Tensor, total: Tensor, new: Tensor, lengths: Tensor | None) -> Tensor:
+    """`append`, each slot reading what it shall hold: one loop for a compiler.
+
+    Written slots compile as well, but inductor (torch 2.13) then gives wrong gradients, without a word.
+    """
+    time = new.shape[1]
+    added = time if lengths is None else lengths
+    # Where in `new` the entry of each slot stands; negative: it was there before, or the slot is empty.
+    place = numbers(total + added, buffer.shape[1]) - total[:, None]
+    rows = torch.arange(buffer.shape[0], device=buffer.device)[:, None]
+    stays = (place < 0).view(*place.shape, *[1] * (new.dim() - 2))
+    return torch.where(stays, buffer, new[rows, place.clamp(min=0)])
 
 
 def numbers(total: Tensor, capacity: int) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -27,6 +30,14 @@ def histories(draw: st.DrawFn) -> tuple[int, list[tuple[int, list[int] | None]]]
     return capacity, appends
 
 
+@pytest.fixture(params=[False, True], ids=["eager", "compiling"])
+def _both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compilers are given another expression."""
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=request.param):
+        yield
+
+
+@pytest.mark.usefixtures("_both_ways")
 @given(histories())
 def test_the_ring_equals_a_list(history: tuple[int, list[tuple[int, list[int] | None]]]) -> None:
     capacity, appends = history
@@ -56,6 +67,7 @@ def test_the_ring_equals_a_list(history: tuple[int, list[tuple[int, list[int] | 
         assert int(ring.held()[row].sum()) == len(entries) - first if capacity else ring.held().shape[1] == 0
 
 
+@pytest.mark.usefixtures("_both_ways")
 @given(histories())
 def test_gradient_reaches_exactly_the_entries_that_stay(
     history: tuple[int, list[tuple[int, list[int] | None]]],
