@@ -114,8 +114,10 @@ def _git_commit() -> str | None:
         commit = subprocess.run(
             [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
         )
+        # Documents do not count: a study writes its tables into them while it goes on.
+        code = ["--", "*.py", "pyproject.toml", "constraints.txt"]
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+            [*git, "status", "--porcelain", "-uno", *code], capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

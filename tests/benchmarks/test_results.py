@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -225,3 +226,23 @@ def test_plain_values_are_what_json_knows() -> None:
 
 def test_versions_name_what_a_run_was_made_with() -> None:
     assert {"python", "torch", "memory-models", "cpu", "platform"} <= set(versions())
+
+
+def test_a_commit_is_marked_when_code_was_changed_and_not_for_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import provenance
+
+    package = tmp_path / "benchmarks"
+    package.mkdir()
+    for file in (package / "provenance.py", tmp_path / "RESULTS.md"):
+        file.write_text("# before\n")
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "One"]):
+        subprocess.run([*git, *words], check=True)
+    commit = versions()["commit"]
+    (tmp_path / "RESULTS.md").write_text("# after\n")
+    assert versions()["commit"] == commit
+    (package / "provenance.py").write_text("# after\n")
+    assert versions()["commit"] == f"{commit}+changes"
