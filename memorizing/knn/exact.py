@@ -21,15 +21,17 @@ from torch import Tensor
 # Numbers of queries are for one thread; with more threads a tile has as many times the queries.
 _KEY_TILE = 1024
 _QUERY_TILE = 256
-_BLOCK = 16  # neighbouring keys whose maximum is kept in the first pass of `_tiled`
+_BLOCKS = (8, 16)  # neighbouring keys whose maximum is kept in the first pass of `_tiled`: small, large
+_LARGE_BLOCKS_FROM = 49_152  # keys; fewer maxima are to be reduced then, but more keys to be scored again
+_GROUP = 8  # neighbouring blocks whose maximum is kept as well
 _FAN = 4  # columns reduced to one at each level of `block_top_k`
 _WORTHWHILE = 256  # columns from which reducing pays
-_COLUMN_FAN = 8  # blocks reduced to one in `_best_blocks`
-_KEEP_UP_TO = 16_384  # keys up to which the scores of some queries with all of them are kept
+_KEEP_UP_TO = 8_192  # keys up to which the scores of some queries with all of them are kept
 _KEEP_QUERIES = range(64, 257)  # so many queries: the product packs the keys anew for each tile
 _KEPT_SCORES = 1 << 22  # about so many scores, which then still lie in the third-level cache
 _FEW_QUERIES = 16  # up to here the search is bound by memory bandwidth: one batched product over all rows
-_RESCORE_QUERIES = 32  # queries whose winning blocks (4 KiB each) are gathered at a time
+_RESCORE_QUERIES = 32  # queries whose winning blocks (2 or 4 KiB each) are gathered at a time
+_RESCORED = 1 << 19  # most scores of winning blocks held at a time, in elements
 _MAXIMA = 1 << 25  # most block maxima held at a time, in elements
 _DEVICE_SCORES = 1 << 26  # most scores held at a time on an accelerator, in elements
 
@@ -52,16 +54,34 @@ def block_top_k(scores: Tensor, k: int, *, ordered: bool = True) -> TopK:
     Returns:
         Scores and columns, both `[rows, k]`. Equal scores come in any order.
     """
+    columns = _best_columns(scores, k, ordered)
+    return TopK(scores.gather(1, columns), columns)
+
+
+def _best_columns(scores: Tensor, k: int, ordered: bool) -> Tensor:
     n = scores.shape[1]
     if n < _WORTHWHILE or n < 2 * k * _FAN:
-        return TopK(*scores.topk(k, sorted=ordered))
+        return _sortable(scores).topk(k, sorted=ordered).indices
     # Strided blocks (column, column + m, ...): the maximum runs over an outer axis, which is 5 to 15
     # times faster than over neighbours.
     m = n // _FAN
     maxima = scores[:, : m * _FAN].unflatten(1, (_FAN, m)).amax(1)
-    candidates = _members(block_top_k(maxima, k, ordered=False).slots, _FAN, m, n)
-    best = scores.gather(1, candidates).topk(k, sorted=ordered)
-    return TopK(best.values, candidates.gather(1, best.indices))
+    candidates = _members(_best_columns(maxima, k, ordered=False), _FAN, m, n)
+    best = _sortable(scores.gather(1, candidates)).topk(k, sorted=ordered).indices
+    return candidates.gather(1, best)
+
+
+def _sortable(scores: Tensor) -> Tensor:
+    """What `torch.topk` orders as it orders `scores`, NaN above all else, and on a CPU a third quicker.
+
+    Comparing two floats asks both whether they are NaN. The bits of a float32, read as an integer, are
+    ordered like the floats once all but the sign are turned over in negative ones; NaN with a sign bit
+    then lies below -inf, and the subtraction lets it wrap round to the top.
+    """
+    if scores.dtype != torch.float32 or scores.device.type != "cpu":
+        return scores
+    bits = scores.view(torch.int32)
+    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).sub_(0x7FFFFF)
 
 
 def _members(blocks: Tensor, fan: int, m: int, n: int) -> Tensor:
@@ -170,32 +190,49 @@ def _tiled(
     """Many keys: keep only the block maxima of each score tile, then score the winning blocks again."""
     n = keys.shape[0]
     k = out.scores.shape[1]
-    blocks = n // _BLOCK
-    if blocks < 2 * k * _COLUMN_FAN:
+    block = _BLOCKS[n >= _LARGE_BLOCKS_FROM]
+    blocks = n // block
+    if blocks < 2 * k * _GROUP:
         # So many are wanted that almost every block would win: nothing to be gained.
         _kept(queries, keys, scale, bias, ordered, out)
         return
     step = min(1024, max(_QUERY_TILE, _MAXIMA // blocks), queries.shape[0])
     maxima = queries.new_empty(blocks, step)
+    upper = queries.new_empty(blocks // _GROUP, step)
     for start in range(0, queries.shape[0], step):
         part = queries[start : start + step]
-        found = maxima[:, : part.shape[0]]
-        _block_maxima(part, keys, scale, bias, found)
-        winners = _best_blocks(found, k)
-        _rescore(part, keys, scale, bias, winners, ordered, TopK(*(t[start : start + step] for t in out)))
+        q = part.shape[0]
+        _block_maxima(part, keys, scale, bias, block, maxima[:, :q], upper[:, :q])
+        winners = _best_blocks(maxima[:, :q], upper[:, :q], k)
+        found = TopK(*(t[start : start + step] for t in out))
+        _rescore(part, keys, scale, bias, block, winners, ordered, found)
 
 
 def _block_maxima(
-    queries: Tensor, keys: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    block: int,
+    maxima: Tensor,
+    upper: Tensor,
 ) -> None:
-    """Write the maxima of _BLOCK neighbouring keys' scores to `out` `[blocks, q]`; the rest is left out."""
+    """Write maxima of the scores, while these are in the cache; keys behind the last block are left out.
+
+    Args:
+        block: neighbouring keys in a block.
+        maxima: `[blocks, q]`, filled with the maximum of each block.
+        upper: `[blocks // _GROUP, q]`, filled with the maximum of each group of blocks.
+    """
     q = queries.shape[0]
     step = min(_QUERY_TILE * torch.get_num_threads(), q)
     buffer = queries.new_empty(_KEY_TILE * step)
-    n = out.shape[0] * _BLOCK
+    n = maxima.shape[0] * block
     for first in range(0, n, _KEY_TILE):
         last = min(first + _KEY_TILE, n)
         tile = _prepared(keys[first:last], None if scale is None else scale[first:last], queries.dtype)
+        groups = slice(first // block // _GROUP, last // block // _GROUP)
+        grouped = (groups.stop - groups.start) * _GROUP
         for start in range(0, q, step):
             part = queries[start : start + step].T
             scores = buffer[: (last - first) * part.shape[1]].view(last - first, part.shape[1])
@@ -203,22 +240,25 @@ def _block_maxima(
                 torch.mm(tile, part, out=scores)
             else:
                 torch.addmm(bias[first:last].unsqueeze(1), tile, part, out=scores)
-            torch.amax(
-                scores.unflatten(0, (-1, _BLOCK)),
-                1,
-                out=out[first // _BLOCK : last // _BLOCK, start : start + step],
-            )
+            found = maxima[first // block : last // block, start : start + step]
+            torch.amax(scores.unflatten(0, (-1, block)), 1, out=found)
+            if grouped:
+                torch.amax(
+                    found[:grouped].unflatten(0, (-1, _GROUP)), 1, out=upper[groups, start : start + step]
+                )
 
 
-def _best_blocks(maxima: Tensor, k: int) -> Tensor:
-    """The `k` blocks with the largest maxima, `[q, k]`, in any order; `maxima` is `[blocks, q]`."""
-    blocks = maxima.shape[0]
-    m = blocks // _COLUMN_FAN
-    # One level is reduced in this layout and only its result turned round: turning all of it costs more
-    # than everything else after the first pass.
-    upper = maxima[: m * _COLUMN_FAN].unflatten(0, (_COLUMN_FAN, m)).amax(0).T.contiguous()
-    candidates = _members(block_top_k(upper, k, ordered=False).slots, _COLUMN_FAN, m, blocks)
-    chosen = maxima.T.gather(1, candidates).topk(k, sorted=False).indices
+def _best_blocks(maxima: Tensor, upper: Tensor, k: int) -> Tensor:
+    """The `k` blocks with the largest maxima, `[q, k]`, in any order; see `_block_maxima`."""
+    # Only the upper maxima are turned round: turning all of them costs more than all else here.
+    best = _best_columns(upper.T.contiguous(), k, ordered=False)
+    member = torch.arange(_GROUP, device=maxima.device)
+    candidates = (best.unsqueeze(2) * _GROUP + member).flatten(1)
+    grouped, blocks = upper.shape[0] * _GROUP, maxima.shape[0]
+    if grouped < blocks:
+        rest = torch.arange(grouped, blocks, device=maxima.device).expand(best.shape[0], -1)
+        candidates = torch.cat((candidates, rest), 1)
+    chosen = _sortable(maxima.T.gather(1, candidates)).topk(k, sorted=False).indices
     return candidates.gather(1, chosen)
 
 
@@ -227,39 +267,61 @@ def _rescore(
     keys: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
+    block: int,
     winners: Tensor,
     ordered: bool,
     out: TopK,
 ) -> None:
     """The best keys of the winning blocks `[q, k]`, and of those behind the last whole block."""
-    n, dim = keys.shape
-    k = winners.shape[1]
-    whole = n // _BLOCK * _BLOCK
-    by_block = keys[:whole].unflatten(0, (-1, _BLOCK)).flatten(1)
-    member = torch.arange(_BLOCK, device=keys.device)
-    rest = torch.arange(whole, n, device=keys.device)
-    step = min(_RESCORE_QUERIES * torch.get_num_threads(), queries.shape[0])
-    gathered = keys.new_empty(step * k, _BLOCK * dim)
-    for start in range(0, queries.shape[0], step):
-        part = queries[start : start + step]
-        chosen = winners[start : start + step]
-        q = part.shape[0]
-        block_keys = torch.index_select(by_block, 0, chosen.flatten(), out=gathered[: q * k])
-        # Row times matrix: the same product as matrix times column runs eight times slower.
-        scores = torch.matmul(
-            part.unsqueeze(1), block_keys.view(q, k * _BLOCK, dim).to(part.dtype).transpose(1, 2)
-        ).squeeze(1)
-        slots = (chosen.unsqueeze(2) * _BLOCK + member).flatten(1)
-        if whole < n:
-            scores = torch.cat((scores, part @ keys[whole:].to(part.dtype).T), 1)
-            slots = torch.cat((slots, rest.expand(q, -1)), 1)
+    q, k = winners.shape
+    many = max(_RESCORE_QUERIES, _RESCORED // (k * block))
+    whole = keys.shape[0] // block * block
+    for start in range(0, q, many):
+        part = queries[start : start + many]
+        chosen = winners[start : start + many]
+        scores = _member_scores(part, keys, block, chosen)
         if scale is not None:
-            scores *= scale[slots]
+            scores *= _of_members(scale, block, chosen)
         if bias is not None:
-            scores += bias[slots]
-        best = block_top_k(scores, k, ordered=ordered)
-        out.scores[start : start + q] = best.scores
-        out.slots[start : start + q] = slots.gather(1, best.slots)
+            scores += _of_members(bias, block, chosen)
+        best = _best_columns(scores, k, ordered)
+        out.scores[start : start + many] = scores.gather(1, best)
+        slots = chosen.gather(1, (best // block).clamp_max_(k - 1)) * block + best % block
+        if whole < keys.shape[0]:
+            slots = torch.where(best < k * block, slots, best + (whole - k * block))
+        out.slots[start : start + many] = slots
+
+
+def _member_scores(queries: Tensor, keys: Tensor, block: int, chosen: Tensor) -> Tensor:
+    """Scores of the keys in the blocks `[q, k]`, then of those behind the last whole block."""
+    n, dim = keys.shape
+    q, k = chosen.shape
+    whole = n // block * block
+    by_block = keys[:whole].unflatten(0, (-1, block)).flatten(1)
+    scores = queries.new_empty(q, k * block + n - whole)
+    # The keys of a few queries at a time lie in the cache when they are multiplied.
+    step = min(_RESCORE_QUERIES * torch.get_num_threads(), q)
+    gathered = keys.new_empty(step * k, block * dim)
+    for start in range(0, q, step):
+        part = queries[start : start + step]
+        blocks = chosen[start : start + step].flatten()
+        members = torch.index_select(by_block, 0, blocks, out=gathered[: blocks.shape[0]])
+        # Row times matrix: the same product as matrix times column runs eight times slower.
+        torch.bmm(
+            part.unsqueeze(1),
+            members.view(part.shape[0], k * block, dim).to(part.dtype).transpose(1, 2),
+            out=scores[start : start + step, : k * block].unsqueeze(1),
+        )
+    if whole < n:
+        scores[:, k * block :] = queries @ keys[whole:].to(queries.dtype).T
+    return scores
+
+
+def _of_members(values: Tensor, block: int, chosen: Tensor) -> Tensor:
+    """Of values `[n]` those that belong to the scores that `_member_scores` gives."""
+    whole = values.shape[0] // block * block
+    members = values[:whole].unflatten(0, (-1, block))[chosen].flatten(1)
+    return torch.cat((members, values[whole:].expand(chosen.shape[0], -1)), 1)
 
 
 def score_slots(

@@ -31,6 +31,26 @@ def test_block_top_k_with_ties_and_infinities():
     assert (found.slots.sort(-1).values.diff(dim=-1) > 0).all()
 
 
+@pytest.mark.parametrize("n", [40, 3001])
+def test_every_kind_of_float_is_ordered_as_by_top_k(n):
+    kinds = [0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 3e38, -3e38, torch.inf, -torch.inf]
+    generator = torch.Generator().manual_seed(n)
+    scores = torch.tensor(kinds)[torch.randint(0, len(kinds), (16, n), generator=generator)]
+    for k in (1, 7, 32):
+        assert torch.equal(block_top_k(scores, k).scores, scores.topk(k).values)
+
+
+@pytest.mark.parametrize("n", [40, 3001])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_not_a_number_comes_first_as_in_top_k(n, sign):
+    scores = torch.randn(4, n, generator=torch.Generator().manual_seed(n))
+    # inf - inf has the sign bit set on common processors, nan has not.
+    scores[:, [3, 17, n - 1]] = torch.tensor(torch.nan).copysign(torch.tensor(float(sign)))
+    found = block_top_k(scores, 8)
+    assert (found.slots[:, :3].sort(1).values == torch.tensor([3, 17, n - 1])).all()
+    assert torch.equal(found.scores[:, 3:], scores.topk(8).values[:, 3:])
+
+
 def test_unordered_holds_the_same_scores():
     scores = torch.randn(5, 2000)
     found = block_top_k(scores, 32, ordered=False)
@@ -55,11 +75,15 @@ def all_scores(queries, keys, scale, bias):
         ("tiled", 33, 1200),
         ("tiled", 17, 8197),
         ("tiled, too few blocks", 40, 300),
+        ("tiled, large blocks", 300, 2050),
+        ("tiled, large blocks", 33, 4231),
     ],
 )
 def test_every_path_finds_the_best(monkeypatch, path, queries, n, adjusted):
     if "tiled" in path:
         monkeypatch.setattr(exact, "_KEEP_UP_TO", 0)
+    if "large" in path:
+        monkeypatch.setattr(exact, "_LARGE_BLOCKS_FROM", 0)
     generator = torch.Generator().manual_seed(n)
     asked = torch.randn(2, queries, 24, generator=generator)
     keys = torch.randn(2, n, 24, generator=generator)
@@ -73,6 +97,7 @@ def test_every_path_finds_the_best(monkeypatch, path, queries, n, adjusted):
 def test_several_chunks_of_queries_are_joined_in_order(monkeypatch):
     monkeypatch.setattr(exact, "_KEEP_UP_TO", 0)
     monkeypatch.setattr(exact, "_MAXIMA", 1)
+    monkeypatch.setattr(exact, "_RESCORED", 1)
     asked, keys = torch.randn(1, 600, 8), torch.randn(1, 2000, 8)
     assert_same_top_k(exact_top_k(asked, keys, 4), asked @ keys.transpose(1, 2), 4)
 
