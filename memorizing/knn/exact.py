@@ -80,7 +80,7 @@ def _sortable(scores: Tensor) -> Tensor:
     """
     if scores.dtype != torch.float32 or scores.device.type != "cpu":
         return scores
-    bits = scores.view(torch.int32)
+    bits = scores.detach().view(torch.int32)
     return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).sub_(0x7FFFFF)
 
 

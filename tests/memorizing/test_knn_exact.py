@@ -51,6 +51,13 @@ def test_what_is_not_a_number_comes_first_as_in_top_k(n, sign):
     assert torch.equal(found.scores[:, 3:], scores.topk(8).values[:, 3:])
 
 
+def test_gradients_reach_the_best():
+    scores = torch.randn(3, 2000, requires_grad=True)
+    found = block_top_k(scores, 5)
+    found.scores.sum().backward()
+    assert torch.equal(scores.grad, torch.zeros(3, 2000).scatter(1, found.slots, 1.0))
+
+
 def test_unordered_holds_the_same_scores():
     scores = torch.randn(5, 2000)
     found = block_top_k(scores, 32, ordered=False)
