@@ -56,7 +56,7 @@ class FaissOptions:
     `ivf`, whose lists hold bfloat16; else 4. No effect on lists of whole keys ("…,Flat")."""
     crossover: int = 8192
     """`auto`: pairs from which a row leaves the exact search. With 4,096 queries on one thread, lists
-    are slower at 2,048 pairs, 1.5 times faster at 4,096, 2.5 at 8,192, 3 at 16,384; few queries gain later."""
+    are slower at 2,048 pairs, 1.5 times faster at 4,096, 2.5 at 8,192, 3 at 16,384; few gain later."""
     target_recall: float = 0.98
     """`auto`: recall to hold, measured on live queries, by reading more lists or by going back to exact."""
 
