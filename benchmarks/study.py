@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.document import as_markdown
+from benchmarks.overview import document as overview_document
+from benchmarks.overview import draw, gather
 from benchmarks.results import Results, read_json, write_atomically
 from memory_models.registry import nearest
 
@@ -182,6 +185,7 @@ def run_study(
         if (part.folder / f"{part.table}.md").exists():
             publish_part(part, publish / part.name)
             write_tables(part, publish / part.name, document)
+            write_overview(publish, document)
     return worst
 
 
@@ -201,14 +205,28 @@ def publish_part(part: Part, out: Path) -> list[Path]:
 
 def write_tables(part: Part, published: Path, document: Path) -> None:
     """Put the main tables of a part between its markers in the document; append them if it has none."""
-    begin, end = f"<!-- study: {part.name} -->", f"<!-- end: {part.name} -->"
+    tables = main_tables((published / f"{part.table}.md").read_text(encoding="utf-8"))
+    _put(document, part.name, part.title, tables)
+
+
+def write_overview(publish: Path, document: Path) -> None:
+    """Put all published comparisons, as one table and picture, into the document; nothing without any."""
+    overview = gather(publish, TASKS)
+    if overview is not None:
+        words = as_markdown(overview_document(overview, draw(overview, document.parent)))
+        _put(document, "overview", "All models on all tasks", words)
+
+
+def _put(document: Path, name: str, heading: str, words: str) -> None:
+    """Put words between their markers; append them, with a heading, where there are no markers."""
+    begin, end = f"<!-- study: {name} -->", f"<!-- end: {name} -->"
     text = document.read_text(encoding="utf-8") if document.exists() else "# Results\n"
-    block = f"{begin}\n{main_tables((published / f'{part.table}.md').read_text(encoding='utf-8'))}\n{end}"
+    block = f"{begin}\n{words.strip()}\n{end}"
     if begin in text and end in text:
         before, after = text.partition(begin)[0], text.partition(end)[2]
         text = f"{before}{block}{after}"
     else:
-        text = f"{text.rstrip()}\n\n## {part.title}\n\n{block}\n"
+        text = f"{text.rstrip()}\n\n## {heading}\n\n{block}\n"
     write_atomically(document, text.encode())
 
 
