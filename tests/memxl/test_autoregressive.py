@@ -225,11 +225,18 @@ def test_truncation_cuts_the_gradient_and_frees_the_graph(wrapper: Autoregressiv
 
 def test_the_published_loop_runs(wrapper: AutoregressiveWrapper) -> None:
     optimiser = torch.optim.SGD(wrapper.parameters(), lr=0.1)
+    before = [parameter.clone() for parameter in wrapper.parameters()]
+    lasts = []
     for loss, is_last in wrapper(draw(4, 19), max_batch_size=2, return_loss=True):
+        assert loss.isfinite()
         loss.backward(retain_graph=True)
+        lasts.append(is_last)
         if is_last:
             optimiser.step()
             optimiser.zero_grad()
+    # 18 targets in segments of six, each for both halves of the batch.
+    assert lasts == [False, True] * 3
+    assert all(not torch.equal(old, new) for old, new in zip(before, wrapper.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

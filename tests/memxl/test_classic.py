@@ -232,10 +232,14 @@ def test_an_optimiser_may_step_between_segments_of_one_graph() -> None:
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     memories = None
     for _ in range(3):
+        before = [parameter.clone() for parameter in model.parameters()]
         logits, memories = model(draw(2, 6), memories)
+        # Goes back through the segments before, whose weights have changed since.
         logits.square().mean().backward(retain_graph=True)
         optimiser.step()
         optimiser.zero_grad()
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+        assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
 def test_causal_in_a_segment_and_across() -> None:
