@@ -26,13 +26,16 @@ _LARGE_BLOCKS_FROM = 49_152  # keys; fewer maxima are to be reduced then, but mo
 _GROUP = 8  # neighbouring blocks whose maximum is kept as well
 _FAN = 4  # columns reduced to one at each level of `block_top_k`
 _WORTHWHILE = 256  # columns from which reducing pays
-_KEEP_UP_TO = 8_192  # keys up to which the scores of some queries with all of them are kept
+_KEEP_UP_TO = 8_192  # keys up to which the scores of some queries with all of them are kept,
+_KEEP_FEW_UP_TO = 16_384  # and up to here if there are fewer queries than
+_MANY_QUERIES = 256
 _KEEP_QUERIES = range(64, 257)  # so many queries: the product packs the keys anew for each tile
 _KEPT_SCORES = 1 << 22  # about so many scores, which then still lie in the third-level cache
 _FEW_QUERIES = 16  # up to here the search is bound by memory bandwidth: one batched product over all rows
 _RESCORE_QUERIES = 32  # queries whose winning blocks (2 or 4 KiB each) are gathered at a time
 _RESCORED = 1 << 19  # most scores of winning blocks held at a time, in elements
 _MAXIMA = 1 << 25  # most block maxima held at a time, in elements
+_AS_INTEGERS_FROM = 1 << 13  # scores from which they are compared as integers
 _DEVICE_SCORES = 1 << 26  # most scores held at a time on an accelerator, in elements
 
 
@@ -78,7 +81,8 @@ def _sortable(scores: Tensor) -> Tensor:
     ordered like the floats once all but the sign are turned over in negative ones; NaN with a sign bit
     then lies below -inf, and the subtraction lets it wrap round to the top.
     """
-    if scores.dtype != torch.float32 or scores.device.type != "cpu":
+    plain = scores.dtype != torch.float32 or scores.device.type != "cpu"
+    if plain or scores.numel() < _AS_INTEGERS_FROM:
         return scores
     bits = scores.detach().view(torch.int32)
     return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).sub_(0x7FFFFF)
@@ -130,7 +134,7 @@ def exact_top_k(
         return TopK(torch.cat([p.scores for p in parts], 1), torch.cat([p.slots for p in parts], 1))
     scores = queries.new_empty(rows, q, k)
     slots = torch.empty(rows, q, k, dtype=torch.int64)
-    search = _kept if n <= _KEEP_UP_TO else _tiled
+    search = _kept if n <= (_KEEP_UP_TO if q >= _MANY_QUERIES else _KEEP_FEW_UP_TO) else _tiled
     for row in range(rows):
         search(
             queries[row],
@@ -166,7 +170,7 @@ def _prepared(keys: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _kept(
     queries: Tensor, keys: Tensor, scale: Tensor | None, bias: Tensor | None, ordered: bool, out: TopK
 ) -> None:
-    """Up to _KEEP_UP_TO keys: the score tile of some queries stays in cache while it is reduced."""
+    """Not too many keys: the score tile of some queries stays in cache while it is reduced."""
     keys = _prepared(keys, scale, queries.dtype).T
     k = out.scores.shape[1]
     fit = max(_KEEP_QUERIES[0], min(_KEPT_SCORES // keys.shape[1], _KEEP_QUERIES[-1]))
@@ -226,10 +230,11 @@ def _block_maxima(
     """
     q = queries.shape[0]
     step = min(_QUERY_TILE * torch.get_num_threads(), q)
-    buffer = queries.new_empty(_KEY_TILE * step)
     n = maxima.shape[0] * block
-    for first in range(0, n, _KEY_TILE):
-        last = min(first + _KEY_TILE, n)
+    many = min(n, _KEY_TILE * max(1, _QUERY_TILE // q))  # keys; few queries leave room for more
+    buffer = queries.new_empty(many * step)
+    for first in range(0, n, many):
+        last = min(first + many, n)
         tile = _prepared(keys[first:last], None if scale is None else scale[first:last], queries.dtype)
         groups = slice(first // block // _GROUP, last // block // _GROUP)
         grouped = (groups.stop - groups.start) * _GROUP

@@ -15,6 +15,18 @@ def assert_same_top_k(found, scores, k):
     assert (found.slots.sort(-1).values.diff(dim=-1) > 0).all()
 
 
+@pytest.fixture(autouse=True, params=["as integers", "as floats"])
+def comparison(request, monkeypatch):
+    """Either way of comparing scores, whatever their number."""
+    monkeypatch.setattr(exact, "_AS_INTEGERS_FROM", 0 if request.param == "as integers" else 10**9)
+
+
+def tile(monkeypatch):
+    """Let every search of more than a few queries go by tiles."""
+    for name in ("_KEEP_UP_TO", "_KEEP_FEW_UP_TO"):
+        monkeypatch.setattr(exact, name, 0)
+
+
 @pytest.mark.parametrize("n", [1, 5, 255, 256, 257, 511, 1024, 2047, 4099])
 @pytest.mark.parametrize("k", [1, 8, 32])
 def test_block_top_k_is_top_k(n, k):
@@ -88,7 +100,7 @@ def all_scores(queries, keys, scale, bias):
 )
 def test_every_path_finds_the_best(monkeypatch, path, queries, n, adjusted):
     if "tiled" in path:
-        monkeypatch.setattr(exact, "_KEEP_UP_TO", 0)
+        tile(monkeypatch)
     if "large" in path:
         monkeypatch.setattr(exact, "_LARGE_BLOCKS_FROM", 0)
     generator = torch.Generator().manual_seed(n)
@@ -102,7 +114,7 @@ def test_every_path_finds_the_best(monkeypatch, path, queries, n, adjusted):
 
 
 def test_several_chunks_of_queries_are_joined_in_order(monkeypatch):
-    monkeypatch.setattr(exact, "_KEEP_UP_TO", 0)
+    tile(monkeypatch)
     monkeypatch.setattr(exact, "_MAXIMA", 1)
     monkeypatch.setattr(exact, "_RESCORED", 1)
     asked, keys = torch.randn(1, 600, 8), torch.randn(1, 2000, 8)
@@ -120,7 +132,7 @@ def test_the_path_for_accelerators(monkeypatch):
 @pytest.mark.parametrize("tiled", [False, True])
 def test_stored_dtypes_are_scored_in_the_queries_dtype(monkeypatch, dtype, queries, tiled):
     if tiled:
-        monkeypatch.setattr(exact, "_KEEP_UP_TO", 0)
+        tile(monkeypatch)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     asked, keys = torch.randn(1, queries, 8, dtype=compute), torch.randn(1, 1500, 8).to(dtype)
     found = exact_top_k(asked, keys, 4)
@@ -131,7 +143,7 @@ def test_stored_dtypes_are_scored_in_the_queries_dtype(monkeypatch, dtype, queri
 @pytest.mark.parametrize("tiled", [False, True])
 def test_keys_may_be_a_slice_of_a_larger_store(monkeypatch, tiled):
     if tiled:
-        monkeypatch.setattr(exact, "_KEEP_UP_TO", 0)
+        tile(monkeypatch)
     store = torch.full((2, 3000, 2, 8), torch.nan)
     store[:, :1111, 0] = torch.randn(2, 1111, 8)
     keys = store[:, :1111, 0]
@@ -142,7 +154,7 @@ def test_keys_may_be_a_slice_of_a_larger_store(monkeypatch, tiled):
 @pytest.mark.parametrize("tiled", [False, True])
 def test_duplicates_of_the_best_key_are_all_found(monkeypatch, tiled):
     if tiled:
-        monkeypatch.setattr(exact, "_KEEP_UP_TO", 0)
+        tile(monkeypatch)
     keys = torch.randn(1, 2000, 8)
     keys[0, 100:108] = 10 * torch.ones(8)  # all in one block
     found = exact_top_k(torch.ones(1, 20, 8), keys, 8)
