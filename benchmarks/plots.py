@@ -171,9 +171,14 @@ def quality_by_state(comparison: Comparison) -> Canvas | None:
 
 
 def quality_by_time(comparison: Comparison) -> Canvas | None:
-    """Headline score against the seconds of processor time that training and evaluation took."""
-    drawn = [row for row in _drawn(comparison) if row.figure("seconds", "cpu")]
-    places = {row.model: figure.mean for row in drawn if (figure := row.figure("seconds", "cpu")) is not None}
+    """Headline score against the seconds of processor time that the training took.
+
+    With the evaluation in older results, which do not tell it apart.
+    """
+    told = all(row.figure("seconds", "training cpu") for row in _drawn(comparison))
+    name = "training cpu" if told else "cpu"
+    drawn = [row for row in _drawn(comparison) if row.figure("seconds", name)]
+    places = {row.model: figure.mean for row in drawn if (figure := row.figure("seconds", name)) is not None}
     made = _quality_against(comparison, drawn, places)
     if made is None:
         return None
@@ -183,7 +188,7 @@ def quality_by_time(comparison: Comparison) -> Canvas | None:
     ticks = [t for power in range(-1, 6) for t in (10**power, 2 * 10**power, 5 * 10**power)]
     shown = [t for t in ticks if low / 1.35 <= t <= high * 1.35]
     axes.set_xticks(shown, [f"{t:g} s" for t in shown])
-    axes.set_xlabel("processor time of a run")
+    axes.set_xlabel("processor time of training" if told else "processor time of a run")
     axes.set_title(f"{comparison.task}: quality against time")
     label_points(canvas, axes, points)
     return canvas

@@ -167,6 +167,7 @@ def as_csv(comparison: Comparison) -> str:
         "training seconds": ("seconds", "training"),
         "evaluation seconds": ("seconds", "evaluation"),
         "cpu seconds": ("seconds", "cpu"),
+        "training cpu seconds": ("seconds", "training cpu"),
         **{f"drop with memory {mode}": ("memory_use", "drop", mode) for mode in MODES},
     }
     columns = ["model", "runs", "finished", "status"]

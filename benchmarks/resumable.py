@@ -64,7 +64,7 @@ class Training:
         self.curve: list[dict[str, float | None]] = []
         self.losses: list[float] = []
         self.last_loss = math.nan
-        self.seconds = {"training": 0.0, "evaluation": 0.0, "cpu": 0.0}
+        self.seconds = {"training": 0.0, "evaluation": 0.0, "cpu": 0.0, "training cpu": 0.0}
 
     @property
     def _store(self) -> Any:
@@ -83,13 +83,19 @@ class Training:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds of the block to `seconds[name]` and its processor time to `seconds["cpu"]`."""
+        """Add the seconds of the block to `seconds[name]`, and its processor time to `seconds["cpu"]`.
+
+        That of the training is kept by itself as well: models differ much in what their evaluation costs.
+        """
         wall, cpu = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - wall
-            self.seconds["cpu"] += time.process_time() - cpu
+            spent = time.process_time() - cpu
+            self.seconds["cpu"] += spent
+            if name == "training":
+                self.seconds["training cpu"] += spent
 
     def advance(self) -> None:
         """One optimiser step, and what the learning curve asks for after it.

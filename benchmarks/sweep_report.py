@@ -124,6 +124,7 @@ def sweep_csv(sweep: Sweep) -> str:
         "training seconds": ("seconds", "training"),
         "evaluation seconds": ("seconds", "evaluation"),
         "cpu seconds": ("seconds", "cpu"),
+        "training cpu seconds": ("seconds", "training cpu"),
     }
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -225,6 +225,21 @@ def test_the_report_draws_every_picture(folder: Path, tmp_path: Path) -> None:
         assert f"]({path.name})" in paths[0].read_text()
 
 
+def test_quality_stands_against_the_time_of_training_where_it_was_told_apart(tmp_path: Path) -> None:
+    labels = []
+    for name, seconds in (("old", {"cpu": 64.0}), ("new", {"cpu": 64.0, "training cpu": 48.0})):
+        results = Results(tmp_path / name)
+        results.append(record("htm", 0, scores(0.5), seconds=seconds))
+        canvas = plots.quality_by_time(load(results.folder))
+        assert canvas is not None
+        (axes,) = canvas.axes
+        (point,) = [
+            line.get_xdata() for line in axes.lines if line.get_marker() not in ("", "None", "|", "_")
+        ]
+        labels.append((axes.get_xlabel(), point[0]))
+    assert labels == [("processor time of a run", 64.0), ("processor time of training", 48.0)]
+
+
 def test_a_suspicious_memory_is_warned_of_and_diagnostics_are_shown(tmp_path: Path) -> None:
     results = Results(tmp_path)
     unused = {

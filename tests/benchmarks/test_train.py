@@ -65,6 +65,7 @@ def test_a_run_ends_with_scores_costs_and_the_command_that_repeats_it(tmp_path: 
     assert record["peak_bytes"] > 1e7
     assert record["tokens_per_second"] > 0
     assert record["seconds"]["training"] > 0
+    assert 0 < record["seconds"]["training cpu"] < record["seconds"]["cpu"]
     assert [point["step"] for point in record["curve"]] == list(range(1, 9))
     assert sum("score" in point for point in record["curve"]) == spec.train.curve_points
     assert {"torch", "python", "memory-models", "cpu"} <= set(record["versions"])
