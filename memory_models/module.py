@@ -104,10 +104,17 @@ class MemoryModule(Pretrained, nn.Module, Generic[M]):
         return y, self.write(memory) if close else memory
 
     def reset_memory(self, memory: M, rows: Tensor) -> M:
-        """The memory with the rows marked true in bool `rows` `[batch]` fresh again."""
-        if not _may_be_true(rows):
-            return memory
-        return self.init_memory(memory.batch_size).where(rows, memory)
+        """The memory with the rows marked true in bool `rows` `[batch]` fresh again.
+
+        Raises:
+            TypeError: if `rows` is not boolean.
+            ValueError: if it has another shape.
+        """
+        check_flags("rows", rows, (memory.batch_size,))
+        if _has_no_values(rows):
+            return self.init_memory(memory.batch_size).where(rows, memory)
+        fresh = rows.nonzero().squeeze(1)
+        return memory.replace(fresh, self.init_memory(len(fresh))) if len(fresh) else memory
 
     def commit(self, memory: M) -> M:
         """Flush writes that wait for a store outside the memory; between segments. Default: none."""

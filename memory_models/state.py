@@ -58,12 +58,32 @@ class Memory:
         Raises:
             TypeError: if `rows` is not a one-dimensional integer tensor.
         """
-        if rows.dtype not in (torch.int64, torch.int32) or rows.dim() != 1:
-            raise TypeError(
-                f"rows must be a one-dimensional int64 tensor of row indices, got {rows.dtype} with shape "
-                f"{tuple(rows.shape)}; turn a boolean mask into indices with mask.nonzero().squeeze(1)"
-            )
+        _check_rows(rows)
         return self.map(lambda leaf: leaf.index_select(0, rows.to(leaf.device)))
+
+    def replace(self, rows: Tensor, other: Self) -> Self:
+        """The same memory with its rows at int64 indices `rows` `[n]`, no repeats, taken from `other`.
+
+        For few rows of a large memory this is several times cheaper than `where`.
+
+        Args:
+            rows: places in this memory.
+            other: of `n` rows.
+
+        Raises:
+            TypeError: if `rows` is not a one-dimensional integer tensor.
+            ValueError: if `other` has another number of rows, or the structures differ.
+        """
+        _check_rows(rows)
+        if other.batch_size != len(rows):
+            raise ValueError(f"{len(rows)} rows cannot be taken from a memory of {other.batch_size}")
+        check_same_structure(self.map(_no_rows), other.map(_no_rows))
+
+        # A copy, not a product: a NaN in a row that is replaced must not survive.
+        def put(mine: Tensor, theirs: Tensor) -> Tensor:
+            return mine.index_copy(0, rows.to(mine.device, torch.int64), theirs)
+
+        return pytree.tree_map(put, self, other)
 
     def where(self, keep: Tensor, other: Self) -> Self:
         """Row by row: this memory where bool `keep` `[batch]` is true, `other` elsewhere.
@@ -155,6 +175,18 @@ def memory_state(cls: type[T]) -> type[T]:
         flatten_with_keys_fn=flatten_with_keys,
     )
     return made
+
+
+def _check_rows(rows: Tensor) -> None:
+    if rows.dtype not in (torch.int64, torch.int32) or rows.dim() != 1:
+        raise TypeError(
+            f"rows must be a one-dimensional int64 tensor of row indices, got {rows.dtype} with shape "
+            f"{tuple(rows.shape)}; turn a boolean mask into indices with mask.nonzero().squeeze(1)"
+        )
+
+
+def _no_rows(leaf: Tensor) -> Tensor:
+    return leaf[:0]
 
 
 def check_same_structure(one: Memory, other: Memory) -> None:

@@ -176,7 +176,7 @@ def test_reset_memory_without_a_reset_returns_the_memory_itself() -> None:
     model = Mean()
     memory = model.init_memory(2)
     assert model.reset_memory(memory, torch.zeros(2, dtype=torch.bool)) is memory
-    with pytest.raises(TypeError, match="keep must be a bool tensor"):
+    with pytest.raises(TypeError, match="rows must be a bool tensor"):
         model.reset_memory(memory, torch.tensor([1, 0]))
 
 

@@ -132,6 +132,48 @@ def test_select_refuses_a_row_that_is_not_there() -> None:
         stack().select(torch.tensor([ROWS]))
 
 
+def test_replace_takes_the_rows_of_another_memory() -> None:
+    one, other, rows = stack(seed=0), stack(2, seed=1), torch.tensor([3, 1])
+    before = {path: leaf.clone() for path, leaf in one.tensors().items()}
+    mixed = one.replace(rows, other)
+    for path, leaf in mixed.tensors().items():
+        theirs = other.tensors()[path]
+        assert torch.equal(leaf, torch.stack((before[path][0], theirs[1], before[path][2], theirs[0])))
+        assert torch.equal(one.tensors()[path], before[path])
+
+
+def test_replace_lets_neither_nan_nor_gradient_of_the_old_row_through() -> None:
+    one, other = stack(), stack(1, seed=1)
+    one.layers[0].keys[2] = torch.nan
+    one.layers[0].keys.requires_grad_()
+    other.layers[0].keys.requires_grad_()
+    keys = one.replace(torch.tensor([2]), other).layers[0].keys
+    keys.square().sum().backward()
+    gradient = one.layers[0].keys.grad
+    assert gradient is not None
+    assert torch.equal(gradient[2], torch.zeros(2, 3))
+    assert torch.equal(gradient[:2], 2 * one.layers[0].keys.detach()[:2])
+    assert torch.equal(other.layers[0].keys.grad, 2 * other.layers[0].keys.detach())
+
+
+@pytest.mark.parametrize(
+    ("rows", "other", "error", "message"),
+    [
+        (torch.tensor([True, False, False, False]), stack(1), TypeError, "turn a boolean mask into indices"),
+        (torch.tensor([0, 1]), stack(3), ValueError, "2 rows cannot be taken from a memory of 3"),
+        (torch.tensor([0]), stack(1, width=5), ValueError, r"layers\.0\.keys is"),
+        (torch.tensor([0]), stack(1).to(dtype=torch.float64), ValueError, r"float64\[0, 2, 3\]"),
+        (torch.tensor([0]), stack(1).layers[0], TypeError, "expected a Stack, got Layer"),
+    ],
+    ids=["mask", "rows", "shape", "dtype", "class"],
+)
+def test_replace_refuses_what_does_not_fit(
+    rows: Tensor, other: Memory, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        stack().replace(rows, other)  # type: ignore[arg-type]
+
+
 def test_where_picks_row_by_row() -> None:
     one, other = stack(seed=0), stack(seed=1)
     keep = torch.tensor([True, False, False, True])
