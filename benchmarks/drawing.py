@@ -159,12 +159,27 @@ def label_ends(axes: Any, ends: Sequence[tuple[str, float, str]]) -> None:
         )
 
 
-def label_points(canvas: Canvas, axes: Any, points: Sequence[tuple[str, float, float, str]]) -> None:
-    """Each point's name beside it, at the first of some places where it covers nothing else."""
+def label_points(
+    canvas: Canvas,
+    axes: Any,
+    points: Sequence[tuple[str, float, float, str]],
+    bars: Sequence[tuple[float, float, float]] = (),
+) -> None:
+    """Each point's name beside it, at the first of some places where it covers nothing else.
+
+    Args:
+        canvas: the picture.
+        axes: where the points are drawn.
+        points: name, x, y and colour of each.
+        bars: x, lower and upper end of vertical lines that no name shall cover.
+    """
     canvas.draw_without_rendering()
     scale = canvas.dpi / 72
     pixels = [axes.transData.transform((x, y)) for _, x, y, _ in points]
     taken = [(px - 7, py - 7, px + 7, py + 7) for px, py in pixels]
+    for x, low, high in bars:
+        (px, bottom), (_, top) = (axes.transData.transform((x, y)) for y in (low, high))
+        taken.append((px - 3, bottom, px + 3, top))
     for (name, x, y, colour), (px, py) in zip(points, pixels, strict=True):
         width, height = 6.3 * scale * len(name), 11 * scale
         best = None

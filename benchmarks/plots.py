@@ -158,7 +158,7 @@ def quality_by_state(comparison: Comparison) -> Canvas | None:
     made = _quality_against(comparison, drawn, places)
     if made is None:
         return None
-    canvas, axes, points = made
+    canvas, axes, points, bars = made
     last = 2 ** math.ceil(math.log2(max(positive)))
     axes.set_xlim(first / 1.7, last * 1.7)
     every = max(1, round(math.log2(last / first) / 7))
@@ -166,7 +166,7 @@ def quality_by_state(comparison: Comparison) -> Canvas | None:
     axes.set_xticks(ticks, ["none" if nothing and t == first else byte_label(t) for t in ticks])
     axes.set_xlabel("state carried by a row")
     axes.set_title(f"{comparison.task}: quality against state")
-    label_points(canvas, axes, points)
+    label_points(canvas, axes, points, bars)
     return canvas
 
 
@@ -182,7 +182,7 @@ def quality_by_time(comparison: Comparison) -> Canvas | None:
     made = _quality_against(comparison, drawn, places)
     if made is None:
         return None
-    canvas, axes, points = made
+    canvas, axes, points, bars = made
     low, high = min(places.values()), max(places.values())
     axes.set_xlim(low / 1.35, high * 1.35)
     ticks = [t for power in range(-1, 6) for t in (10**power, 2 * 10**power, 5 * 10**power)]
@@ -190,16 +190,16 @@ def quality_by_time(comparison: Comparison) -> Canvas | None:
     axes.set_xticks(shown, [f"{t:g} s" for t in shown])
     axes.set_xlabel("processor time of training" if told else "processor time of a run")
     axes.set_title(f"{comparison.task}: quality against time")
-    label_points(canvas, axes, points)
+    label_points(canvas, axes, points, bars)
     return canvas
 
 
 def _quality_against(
     comparison: Comparison, rows: Sequence[Row], places: Mapping[str, float]
-) -> tuple[Canvas, Any, list[tuple[str, float, float, str]]] | None:
+) -> tuple[Canvas, Any, list[tuple[str, float, float, str]], list[tuple[float, float, float]]] | None:
     canvas = Canvas(figsize=(7.2, 4.6), dpi=130, layout="constrained")
     axes = canvas.add_subplot()
-    points = []
+    points, intervals = [], []
     for row in rows:
         score = row.figure("scores", comparison.headline)
         if score is None:
@@ -211,6 +211,7 @@ def _quality_against(
         shown = bars if score.bounds else None
         axes.errorbar([places[row.model]], [score.mean], yerr=shown, capsize=3, **look)
         points.append((row.model, places[row.model], score.mean, look["color"]))
+        intervals.append((places[row.model], *ends))
     if not points:
         return None
     axes.set_xscale("log", base=2)
@@ -223,7 +224,7 @@ def _quality_against(
         axes.set_ylim(-0.06, 1.12)
     up = headline["higher_is_better"]
     axes.set_ylabel(f"{title(comparison.headline)} ({'higher' if up else 'lower'} is better)")
-    return canvas, axes, points
+    return canvas, axes, points, intervals
 
 
 def _drawn(comparison: Comparison) -> list[Row]:

@@ -294,3 +294,20 @@ def test_labels_are_moved_apart_and_keep_their_order(values: list[float]) -> Non
         assert values[above] >= values[below]
     if len(values) == 1:
         assert places == values
+
+
+def test_no_name_lies_on_an_interval() -> None:
+    canvas = drawing.Canvas(figsize=(6, 4), dpi=100)
+    axes = canvas.add_subplot()
+    axes.set(xlim=(0, 10), ylim=(0, 1))
+    places = []
+    for bars in ((), [(5.0, 0.2, 0.8)]):
+        drawing.label_points(canvas, axes, [("htm", 5.0, 0.5, "black")], bars)
+        canvas.draw_without_rendering()
+        (text,) = axes.texts
+        places.append(text.get_window_extent())
+        text.remove()
+    x, bottom = axes.transData.transform((5.0, 0.2))
+    _, top = axes.transData.transform((5.0, 0.8))
+    covers = [box.x0 < x < box.x1 and box.y0 < top and box.y1 > bottom for box in places]
+    assert covers == [True, False]
