@@ -28,6 +28,7 @@ __all__ = [
     "apart",
     "byte_label",
     "draw_band",
+    "draw_cells",
     "label_ends",
     "label_points",
     "look_of",
@@ -135,6 +136,29 @@ def reference(
     if lines:
         legend = axes.legend(handles=lines, loc="best", fontsize=8.5, framealpha=0.85, edgecolor="none")
         legend.set_zorder(1.8)
+
+
+def draw_cells(
+    axes: Any, shares: Sequence[Sequence[float]], texts: Sequence[Sequence[str]], rows: Sequence[str]
+) -> None:
+    """A heat map with a text in each cell; dark is good.
+
+    Args:
+        axes: to draw on; the names of the columns are left to the caller.
+        shares: lines of values from 0 (worst) to 1 (best), or NaN for no colour.
+        texts: of the cells, alike.
+        rows: names of the lines.
+    """
+    axes.imshow(shares, cmap="viridis_r", vmin=0, vmax=1, aspect="auto")
+    for y, line in enumerate(texts):
+        for x, text in enumerate(line):
+            colour = "white" if shares[y][x] > 0.45 else "#20242a"
+            axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=9)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[str, float, str]]) -> None:

@@ -90,7 +90,7 @@ def document(overview: Overview, picture: Path) -> list[Block]:
 
 def draw(overview: Overview, out: Path) -> Path:
     """Models by tasks as a heat map, in `out`; returns the file."""
-    from benchmarks.drawing import STYLE, Canvas, mpl, write_pictures
+    from benchmarks.drawing import STYLE, Canvas, draw_cells, mpl, write_pictures
 
     tasks, models = overview.tasks, overview.models
     with mpl.rc_context(STYLE):
@@ -98,23 +98,12 @@ def draw(overview: Overview, out: Path) -> Path:
         canvas = Canvas(figsize=size, dpi=130, layout="constrained")
         axes = canvas.add_subplot()
         shares = [[overview.share(model, task) for task in tasks] for model in models]
-        axes.imshow(shares, cmap="viridis_r", vmin=0, vmax=1, aspect="auto")
-        for y, model in enumerate(models):
-            for x, task in enumerate(tasks):
-                figure = overview.figure(model, task)
-                if figure is not None:
-                    text = f"{figure.mean:.2f}" if abs(figure.mean) < 10 else f"{figure.mean:.1f}"
-                    colour = "white" if shares[y][x] > 0.45 else "#20242a"
-                    axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=9)
+        texts = [[_short(overview.figure(model, task)) for task in tasks] for model in models]
+        draw_cells(axes, shares, texts, list(models))
         axes.set_xticks(range(len(tasks)), [_label(task) for task in tasks], rotation=30, ha="right")
-        axes.set_yticks(range(len(models)), list(models))
         families = len(models) - sum(models.values())
         if 0 < families < len(models):
             axes.axhline(families - 0.5, color="white", linewidth=3)
-        axes.grid(visible=False)
-        axes.tick_params(length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
         axes.set_title("All models on all tasks (dark is good)")
         return write_pictures({PICTURE: canvas}, out)[0]
 
@@ -128,6 +117,12 @@ def _headline(task: Comparison) -> dict[str, Any]:
 def _floor(task: Comparison) -> float | None:
     floor: float | None = task.facts.get("floor", {}).get(task.headline)
     return floor
+
+
+def _short(figure: Figure | None) -> str:
+    if figure is None:
+        return ""
+    return f"{figure.mean:.2f}" if abs(figure.mean) < 10 else f"{figure.mean:.1f}"
 
 
 def _label(task: Comparison) -> str:

@@ -13,6 +13,7 @@ from benchmarks.drawing import (
     Canvas,
     byte_label,
     draw_band,
+    draw_cells,
     label_ends,
     label_points,
     look_of,
@@ -89,23 +90,12 @@ def heat_map(comparison: Comparison, name: str, metrics: Sequence[Mapping[str, A
     axes = canvas.add_subplot()
     up = metrics[0]["higher_is_better"]
     low, high = (0.0, 1.0) if metrics[0]["unit"] == "accuracy" else (min(finite), max(finite))
-    # Dark is good, in both directions.
-    axes.imshow(values, cmap="viridis_r" if up else "viridis", vmin=low, vmax=high, aspect="auto")
-    for y, line in enumerate(values):
-        for x, value in enumerate(line):
-            if math.isfinite(value):
-                share = (value - low) / ((high - low) or 1)
-                dark = share > 0.45 if up else share < 0.55
-                text = f"{value:.2f}" if high <= 10 else f"{value:.1f}"
-                axes.text(
-                    x, y, text, ha="center", va="center", color="white" if dark else "#20242a", fontsize=9
-                )
+    worst, best = (low, high) if up else (high, low)
+    shares = [[(value - worst) / ((best - worst) or 1) for value in line] for line in values]
+    digits = 2 if high <= 10 else 1
+    texts = [[f"{value:.{digits}f}" if math.isfinite(value) else "" for value in line] for line in values]
+    draw_cells(axes, shares, texts, [row.model for row in rows])
     axes.set_xticks(range(len(metrics)), [point(metric["name"]) for metric in metrics])
-    axes.set_yticks(range(len(rows)), [row.model for row in rows])
-    axes.grid(visible=False)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
     axes.set_title(f"{comparison.task}: {name} ({'higher' if up else 'lower'} is better)")
     return canvas
 
