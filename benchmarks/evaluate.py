@@ -35,6 +35,7 @@ class Evaluation:
 
     Attributes:
         scores: flat metric names and their values.
+        asked: how many answers or tokens each score is made of.
         state_bytes: bytes of a row's memory that carry something from segment to segment. A tensor that is
             as in a fresh memory whenever a segment ends (room for the open segment) carries nothing.
         memory_bytes: bytes of a row's whole memory.
@@ -43,6 +44,7 @@ class Evaluation:
     """
 
     scores: dict[str, float]
+    asked: dict[str, int]
     state_bytes: float
     memory_bytes: float
     tokens: int
@@ -112,6 +114,7 @@ def evaluate(
         model.train(was_training)
     return Evaluation(
         scores={name: float(value) for name, value in scorer.result().items()},
+        asked=scorer.counts(),
         state_bytes=carrier.state_bytes,
         memory_bytes=carrier.memory_bytes,
         tokens=tokens,

@@ -6,7 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.document import Block, Heading, Paragraph, Table
+from benchmarks.groups import ENOUGH, weights
 from benchmarks.summary import Comparison, Figure, Row, title
 
 PICTURE = "longer.png"
@@ -30,7 +33,10 @@ def longer_section(comparison: Comparison) -> list[Block]:
         unseen(comparison, row) is not None for rows in comparison.longer.values() for row in rows.values()
     ):
         blocks += [
-            Paragraph("Mean over the gaps that are longer than any in the training:"),
+            Paragraph(
+                "Mean over the gaps that are longer than any in the training; a gap that was asked for less "
+                f"than {ENOUGH} times counts in proportion:"
+            ),
             Table(longer_table(comparison, unseen)),
         ]
     return blocks
@@ -53,7 +59,11 @@ def headline(comparison: Comparison, row: Row) -> Figure | None:
 
 
 def unseen(comparison: Comparison, row: Row) -> Figure | None:
-    """For each run the mean over the points of the headline's curve that the training does not have."""
+    """For each run the mean over the points of the headline's curve that the training does not have.
+
+    Each counts by the number of its questions (`benchmarks.groups`), or the same where a run of an
+    older version does not tell them.
+    """
     curves = list(comparison.series().values())
     if not curves:
         return None
@@ -62,9 +72,11 @@ def unseen(comparison: Comparison, row: Row) -> Figure | None:
     means = []
     for record in row.finished:
         new = [m["name"] for m in record["task_facts"]["metrics"] if m["series"] == name]
-        scores = [record["scores"].get(metric) for metric in new if metric not in known]
-        found = [score for score in scores if score is not None]
-        means.append(sum(found) / len(found) if found else None)
+        found = [metric for metric in new if metric not in known and record["scores"].get(metric) is not None]
+        asked = record.get("asked") or dict.fromkeys(found, ENOUGH)
+        weight = weights([asked[metric] for metric in found])
+        scores = [record["scores"][metric] for metric in found]
+        means.append(float(np.average(scores, weights=weight)) if found else None)
     return Figure.of(means, interval=row.interval)
 
 

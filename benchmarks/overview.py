@@ -77,8 +77,9 @@ def document(overview: Overview, picture: Path) -> list[Block]:
     return [
         Table(lines),
         Paragraph(
-            f"{_meaning(tasks)} Means over the seeds, from three seeds on with a 95 % interval (percentile "
-            "bootstrap); the commands stand at the tasks' own tables."
+            f"{_meaning(tasks)} Means over the seeds, from three seeds on with the ends of a percentile "
+            "bootstrap, which for three seeds are the lowest and the highest; the commands stand at the "
+            "tasks' own tables."
         ),
         Picture(picture, "All models on all tasks"),
         Paragraph(

@@ -21,6 +21,7 @@ from benchmarks.document import (
     as_markdown,
 )
 from benchmarks.findings import warnings
+from benchmarks.groups import ENOUGH
 from benchmarks.longer_report import draw_longer, longer_section
 from benchmarks.results import write_atomically
 from benchmarks.summary import BOOTSTRAP, SEEDS_FOR_INTERVAL, Comparison, Figure, point, title
@@ -279,6 +280,7 @@ def directions(comparison: Comparison, metrics: Sequence[Mapping[str, Any]]) -> 
         words.insert(
             0, f"From {point(curve[0]['name'])} to {point(curve[-1]['name'])}: {curve[0]['series']}."
         )
+    words += _rarely_asked(comparison, curve)
     seeds = max((len(row.finished) for row in comparison.rows), default=0)
     if seeds >= SEEDS_FOR_INTERVAL:
         words.append(f"Means over {seeds} seeds with {_interval_in_words(comparison.interval, seeds)}.")
@@ -287,6 +289,20 @@ def directions(comparison: Comparison, metrics: Sequence[Mapping[str, Any]]) -> 
     elif seeds == 1:
         words.append("One seed, so small differences may be chance.")
     return " ".join(words)
+
+
+def _rarely_asked(comparison: Comparison, curve: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence about the points of the curve that few questions were asked about, if there are any."""
+    asked: Mapping[str, int] = next(
+        (record["asked"] for row in comparison.rows for record in row.finished if "asked" in record), {}
+    )
+    unit_is_accuracy = [metric["name"] for metric in curve if metric["unit"] == "accuracy"]
+    few = [f"{point(name)} ({asked[name]})" for name in unit_is_accuracy if asked.get(name, ENOUGH) < ENOUGH]
+    if not few:
+        return []
+    return [
+        f"Asked less than {ENOUGH} times, and counted in proportion in a mean over all: {', '.join(few)}."
+    ]
 
 
 def _interval_in_words(interval: str, seeds: int) -> str:
@@ -302,9 +318,9 @@ def _interval_in_words(interval: str, seeds: int) -> str:
 
 
 def circumstances(comparison: Comparison) -> str:
-    """What the runs were made with; what they do not have in common is left out."""
-    record = next((r for row in comparison.rows for r in (*row.finished, *row.records)), None)
-    if record is None or "versions" not in record:
+    """What the runs were made with: everything that any of them names, and each commit with its models."""
+    records = [r for row in comparison.rows for r in row.records if "versions" in r]
+    if not records:
         return ""
     lengths = {
         tuple(r["settings"]["train"][name] for name in ("steps", "batch_size", "threads"))
@@ -315,12 +331,29 @@ def circumstances(comparison: Comparison) -> str:
     if len(lengths) == 1:
         [(steps, rows, threads)] = lengths
         training = f"{steps} steps of {rows} rows, {threads} thread a run, on "
-    versions = record["versions"]
-    commit = f", commit {versions['commit']}" if "commit" in versions else ""
+
+    def every(name: str) -> str:
+        return " and ".join(sorted({str(r["versions"][name]) for r in records if name in r["versions"]}))
+
     return (
-        f"{training}{versions['cpu']}; torch {versions['torch']}, Python {versions['python']}, "
-        f"memory-models {versions['memory-models']}{commit}."
+        f"{training}{every('cpu')}; torch {every('torch')}, Python {every('python')}, "
+        f"memory-models {every('memory-models')}{_commits(comparison)}."
     )
+
+
+def _commits(comparison: Comparison) -> str:
+    """The commit, or, where the runs are of several, each with the models it made."""
+    made: dict[str, dict[str, None]] = {}
+    for row in comparison.rows:
+        for record in row.records:
+            if "commit" in record.get("versions", {}):
+                made.setdefault(record["versions"]["commit"], {})[row.model] = None
+    if not made:
+        return ""
+    if len(made) == 1:
+        return f", commit {next(iter(made))}"
+    parts = [f"{commit} ({', '.join(models)})" for commit, models in made.items()]
+    return f", commits {', '.join(parts)}"
 
 
 def _memory_section(comparison: Comparison) -> list[Block]:

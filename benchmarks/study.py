@@ -28,7 +28,7 @@ TASKS = (
 # Longer sequences of these have the same vocabulary, so their models are evaluated on them as they are.
 LENGTHENED = ("rewrite", "selective-copy", "needle")
 FACTORS = ("2", "4", "8", "16")
-GRID = ("1e-3", "3e-3", "6e-3")
+GRID = ("1e-3", "3e-3", "6e-3", "1.2e-2")
 
 
 @dataclass(frozen=True, kw_only=True)

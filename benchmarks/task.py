@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.groups import weights
 from memory_models.registry import Named, Registry, nearest
 
 IGNORED = -100
@@ -235,7 +236,7 @@ class AccuracyScorer(Scorer):
     """Share of answers whose largest logit is the label, by group.
 
     Its metrics are those of `accuracy_metrics`: one per group, and the mean and the worst over the groups
-    that need a memory, in which each group counts the same.
+    that need a memory, in which each group counts the same unless it is rarely asked (`benchmarks.groups`).
     """
 
     headline = "mean accuracy"
@@ -256,7 +257,8 @@ class AccuracyScorer(Scorer):
         self._asked += torch.bincount(index, minlength=size).cpu()
 
     def result(self) -> dict[str, float]:
-        return accuracies(self._groups, (self._right / self._asked).tolist(), self._distant)
+        values = (self._right / self._asked).tolist()
+        return accuracies(self._groups, values, self._distant, self._asked.tolist())
 
     def counts(self) -> dict[str, int]:
         asked = [int(count) for count in self._asked.tolist()]
@@ -265,12 +267,29 @@ class AccuracyScorer(Scorer):
         return {**counts, "mean accuracy": total, "worst accuracy": total}
 
 
-def accuracies(groups: Sequence[str], values: Sequence[float], distant: Sequence[int]) -> dict[str, float]:
-    """A value per group, NaN where nothing was asked; mean and worst of the others that need a memory."""
+def accuracies(
+    groups: Sequence[str],
+    values: Sequence[float],
+    distant: Sequence[int],
+    asked: Sequence[float] | None = None,
+) -> dict[str, float]:
+    """A value per group, NaN where nothing was asked; mean and worst of those that need a memory.
+
+    Args:
+        groups: names.
+        values: accuracy of each group.
+        distant: places of the groups that need a memory.
+        asked: questions of each group; None: as many in each. They weigh the mean (see `benchmarks.groups`);
+            a group that counts less than half is not taken for the worst.
+    """
     by_group = {f"accuracy/{group}": value for group, value in zip(groups, values, strict=True)}
     # In long sequences the longest gaps may never occur.
-    far = np.array([values[i] for i in distant if not np.isnan(values[i])])
-    mean, worst = (float(far.mean()), float(far.min())) if far.size else (np.nan, np.nan)
+    far = [i for i in distant if not np.isnan(values[i])]
+    if not far:
+        return {**by_group, "mean accuracy": np.nan, "worst accuracy": np.nan}
+    found = np.array([values[i] for i in far])
+    weight = weights([1.0 if asked is None else asked[i] for i in far])
+    mean, worst = float(np.average(found, weights=weight)), float(found[weight >= 0.5].min())
     return {**by_group, "mean accuracy": mean, "worst accuracy": worst}
 
 

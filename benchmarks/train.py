@@ -190,6 +190,7 @@ def _train_and_evaluate(
         "loss": training.recent_loss,
         "curve": training.curve,
         "scores": final.scores,
+        "asked": final.asked,
         "memory_use": memory_use,
         "diagnostics": diagnostics,
         "memory_gradients": gradients,
@@ -238,6 +239,7 @@ def _evaluate_trained(
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "curve": [],
         "scores": final.scores,
+        "asked": final.asked,
         "memory_use": {},
     }
 

@@ -61,6 +61,10 @@ def test_the_report_tells_seen_gaps_from_new_ones(tmp_path: Path) -> None:
     comparison = load(tmp_path)
     assert longer_table(comparison, unseen) == [["model", "× 1", "× 2"], ["htm", "–", "0.200"]]
     assert "| htm | 0.500 | 0.400 |" in markdown(comparison)
+    asked = {"mean accuracy/gap 3": 300, "mean accuracy/gap 4": 50}
+    results.append(record("htm", 0, longer, id="htm-longer", task_facts=facts, asked=asked))
+    # The second gap was asked for half of a hundred times: (0.3 + 0.5 * 0.1) / 1.5.
+    assert longer_table(load(tmp_path), unseen) == [["model", "× 1", "× 2"], ["htm", "–", "0.233"]]
     [picture] = draw_longer(comparison, tmp_path)
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -175,6 +175,34 @@ def test_the_markdown_says_what_went_wrong_and_how_to_do_it_again(folder: Path) 
     assert all(line.count("|") == rows[0].count("|") for line in rows[:7])
 
 
+def test_every_commit_is_named_with_the_models_it_made(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    made = {"cpu": "abacus", "torch": "2", "python": "3", "memory-models": "0"}
+    for model, seed, commit in (
+        ("htm", 0, "aaa"),
+        ("htm", 1, "aaa"),
+        ("window", 0, "aaa"),
+        ("gru", 0, "aaa"),
+    ):
+        results.append(record(model, seed, {"mean accuracy": 0.5}, versions={**made, "commit": commit}))
+    assert "memory-models 0, commit aaa." in markdown(load(tmp_path))
+    changed = {**made, "torch": "3", "commit": "bbb"}
+    results.append(record("window", 1, {"mean accuracy": 0.5}, versions=changed))
+    text = markdown(load(tmp_path))
+    assert "torch 2 and 3, Python 3, memory-models 0, commits aaa (htm, " in text
+    assert text.count("bbb (window).") == 1
+
+
+def test_rarely_asked_points_are_named(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    scores = {f"mean accuracy/{gap}": 0.5 for gap in GAPS}
+    asked = {f"mean accuracy/{gap}": n for gap, n in zip(GAPS, (500, 100, 12), strict=True)}
+    results.append(record("htm", 0, {**scores, "mean accuracy": 0.5}, asked=asked))
+    assert "Asked less than 100 times, and counted in proportion in a mean over all: gap 2 (12)." in markdown(
+        load(tmp_path)
+    )
+
+
 def test_the_csv_holds_the_numbers_in_full(folder: Path) -> None:
     lines = {line["model"]: line for line in csv.DictReader(io.StringIO(as_csv(load(folder))))}
     assert float(lines["htm"]["mean accuracy"]) == pytest.approx(0.95)
