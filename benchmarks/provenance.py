@@ -16,7 +16,11 @@ from pathlib import Path
 
 def versions() -> dict[str, str]:
     """What the run was made with: Python, libraries, commit of the working tree, processor."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "cpu": cpu_name()}
+    found = {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+    }
     for distribution in ("torch", "memory-models", "x-transformers"):
         found[distribution] = version_of(distribution)
     commit = _git_commit()

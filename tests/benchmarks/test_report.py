@@ -339,3 +339,11 @@ def test_no_name_lies_on_an_interval() -> None:
     _, top = axes.transData.transform((5.0, 0.8))
     covers = [box.x0 < x < box.x1 and box.y0 < top and box.y1 > bottom for box in places]
     assert covers == [True, False]
+
+
+@pytest.mark.parametrize(("count", "point"), [(3, 4.303), (16, 2.131), (17, 2.120), (21, 2.086), (61, 2.000)])
+def test_students_t_is_that_of_the_tables(count: int, point: float) -> None:
+    values = [float(i % 2) for i in range(count)]
+    figure = Figure.of(values)
+    assert figure is not None
+    assert figure.half_width == pytest.approx(point * statistics.stdev(values) / math.sqrt(count), rel=1e-3)
