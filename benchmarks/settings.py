@@ -209,6 +209,7 @@ _CODE = (
     "benchmarks.learning",
     "benchmarks.task",
     "benchmarks.sequences",
+    "benchmarks.groups",
 )
 
 

@@ -74,7 +74,7 @@ class Figure:
 
 
 def _t95(freedom: int) -> float:
-    """The two-sided 95 % point of Student's t; beyond the list by the first terms of its expansion in 1 / freedom.
+    """The two-sided 95 % point of Student's t; beyond the list by its expansion in 1 / freedom.
 
     (Abramowitz and Stegun, 26.7.5; right to .001 from 16 degrees on.)
     """
