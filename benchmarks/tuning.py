@@ -33,7 +33,8 @@ class Choice:
         model: its name.
         rate: the rate with the best score; None if no trial ended well.
         scores: the headline by rate; None for a trial that failed or diverged.
-        edge: whether the rate is the smallest or the largest of several, so that a better one may lie beyond.
+        edge: whether the rate is the smallest or the largest of several and none of them is as good, so that a
+            better one may lie beyond.
     """
 
     model: str
@@ -131,5 +132,6 @@ def _best(model: str, scores: Mapping[float, float | None], higher: bool) -> Cho
         return Choice(model=model, rate=None, scores=scores)
     sign = -1 if higher else 1
     rate = min(known, key=lambda rate: (sign * known[rate], rate))
-    edge = len(scores) > 2 and rate in (min(scores), max(scores))
+    alone = list(known.values()).count(known[rate]) == 1
+    edge = len(scores) > 2 and rate in (min(scores), max(scores)) and alone
     return Choice(model=model, rate=rate, scores=scores, edge=edge)

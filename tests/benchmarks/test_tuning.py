@@ -50,7 +50,8 @@ def test_a_trial_is_a_run_of_its_own_with_the_rate() -> None:
     [
         (True, (0.1, 0.3, 0.2), 3e-3, False),
         (False, (0.1, 0.3, 0.2), 1e-3, True),
-        (True, (0.5, 0.5, 0.5), 1e-3, True),
+        (True, (0.5, 0.5, 0.5), 1e-3, False),
+        (True, (0.2, 0.3, 0.4), 1e-2, True),
         (True, (None, 0.1, None), 3e-3, False),
         (True, (None, None, None), None, False),
     ],
