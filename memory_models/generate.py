@@ -22,6 +22,8 @@ class Step(NamedTuple):
         token: int64 `[batch]`.
         memory: the memory after everything *before* this token; feed the token next to go on.
         logits: `[batch, vocab_size]`, from which the token was drawn.
+
+    A row that has ended repeats its last token, memory and logits.
     """
 
     token: Tensor
@@ -112,8 +114,8 @@ def generate(
         memory: what came before the prompt; its open segment goes on.
         lengths: int64 `[batch]`, real tokens of each prompt, which stand first; None means all.
         sample: from logits `[batch, vocab_size]` to tokens `[batch]`: `greedy` or a `sampler(...)`.
-        stop: an id, or ids, that end a row; a row that has ended repeats its last token, and the
-            iterator ends when all have.
+        stop: an id, or ids, that end a row; a row that has ended repeats its last step, its memory
+            included, and the iterator ends when all have.
 
     Yields:
         A `Step` for each token. The step's memory has not seen its token yet: to go on later, pass that
@@ -149,17 +151,20 @@ def _steps(
     stop: Tensor,
 ) -> Iterator[Step]:
     ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
-    token = prompt[:, 0]
-    for index in range(max_new_tokens):
+    token, logits = prompt[:, 0], None
+    for _ in range(max_new_tokens):
         # A generator may be left and resumed anywhere: mode and gradient are set around each step only.
         modes = [(part, part.training) for part in model.modules()]
         model.eval()
         try:
             with torch.no_grad():
-                if index == 0:
+                if logits is None:
                     logits, memory = _read_prompt(model, prompt, memory, lengths)
                 else:
-                    logits, memory = _read_token(model, token, memory)
+                    # A row that has ended reads padding, which leaves its memory as it was.
+                    mask = ~ended[:, None] if len(stop) else None
+                    newest, memory = _read_token(model, token, memory, mask)
+                    logits = torch.where(ended[:, None], logits, newest)
                 drawn = sample(logits)
         finally:
             # Part by part: a user may keep some of them, frozen ones say, in evaluation mode.
@@ -203,8 +208,10 @@ def _read_prompt(
     return final, memory
 
 
-def _read_token(model: MemoryLM, token: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
-    out = model(token[:, None], memory, close=False)
+def _read_token(
+    model: MemoryLM, token: Tensor, memory: Memory | None, mask: Tensor | None
+) -> tuple[Tensor, Memory]:
+    out = model(token[:, None], memory, mask=mask, close=False)
     return out.logits[:, -1], _close_full(model, out.memory)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from memory_models import MemoryLM, generate, greedy, sampler, unroll
-from memory_models.generate import filter_logits
-from tests.members import MEMBERS, small_lm
+from memory_models.generate import Step, filter_logits
+from tests.members import MEMBERS, VARIANTS, small_lm, small_options
 from tests.memory_models.toys import Average, Mean
 
 VOCAB, LENGTH = 11, 6
@@ -178,6 +178,54 @@ def test_rows_stop_at_their_ids_and_repeat_their_last_token() -> None:
     )
     tokens = torch.stack([step.token for step in steps], 1)
     assert tokens.tolist() == [[5, 1, 7, 7], [2, 2, 2, 2], [3, 3, 3, 4]]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in MEMBERS),
+        ("memorizing", {"store": "outside", "memories": 9}),
+        *(pytest.param(*variant, marks=pytest.mark.slow) for variant in VARIANTS),
+    ],
+)
+def test_a_row_that_has_ended_keeps_its_last_step(name: str, options: dict[str, Any], ragged: bool) -> None:
+    segment = small_options(name, **options)["segment_length"]
+    # In the first segment and in later ones, at their first tokens, within and at their ends.
+    ends = [1, max(1, segment - 3), 2 * segment + 1, 2 * segment + 2, segment]
+    ids, stop = prompt(batch=5, time=7) % (VOCAB - 1), VOCAB - 1
+    lengths = torch.tensor([7, 3, 5, 1, 6]) if ragged else torch.full((5,), 7)
+    text = torch.randint(VOCAB - 1, (5, max(ends)))
+    for row, end in enumerate(ends):
+        text[row, end - 1] = stop
+
+    def read(rows: Tensor) -> list[Step]:
+        # A model for each, because one with an outside store writes where the last one did.
+        torch.manual_seed(3)
+        model, turn = small_lm(name, **options), itertools.count()
+        longest = int(lengths[rows].max())
+        return list(
+            generate(
+                model,
+                ids[rows, :longest],
+                max_new_tokens=100,
+                lengths=lengths[rows] if ragged else None,
+                sample=lambda _: text[rows, next(turn)],
+                stop=stop,
+            )
+        )
+
+    steps = read(torch.arange(5))
+    assert len(steps) == max(ends)
+    for row, end in enumerate(ends):
+        alone = read(torch.tensor([row]))
+        assert len(alone) == end
+        for step in steps[end - 1 :]:
+            assert step.token[row] == stop
+            torch.testing.assert_close(step.logits[row], alone[-1].logits[0], atol=1e-9, rtol=1e-9)
+            wanted = tensors(alone[-1].memory)
+            for path, leaf in tensors(step.memory.select(torch.tensor([row]))).items():
+                torch.testing.assert_close(leaf, wanted[path], atol=1e-9, rtol=1e-9, msg=path)
 
 
 @pytest.mark.parametrize("stop", [0, [0], (0, 1)])
