@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from memory_models.advance import advance, pieces
 from memory_models.lm import MemoryLM
 from memory_models.state import Memory
-from memory_models.unroll import unroll
 
 Sample = Callable[[Tensor], Tensor]
 
@@ -163,8 +163,8 @@ def _steps(
                 else:
                     # A row that has ended reads padding, which leaves its memory as it was.
                     mask = ~ended[:, None] if len(stop) else None
-                    newest, memory = _read_token(model, token, memory, mask)
-                    logits = torch.where(ended[:, None], logits, newest)
+                    newest, memory = advance(model, token[:, None], memory, mask)
+                    logits = torch.where(ended[:, None], logits, newest[:, -1])
                 drawn = sample(logits)
         finally:
             # Part by part: a user may keep some of them, frozen ones say, in evaluation mode.
@@ -180,48 +180,21 @@ def _steps(
 def _read_prompt(
     model: MemoryLM, prompt: Tensor, memory: Memory | None, lengths: Tensor | None
 ) -> tuple[Tensor, Memory]:
-    memory = model.init_memory(prompt.shape[0]) if memory is None else memory
-    opened = memory.open_length
-    if lengths is None and not bool((opened != opened[:1]).any()):
-        logits, memory = unroll(model, prompt, memory, close=False)
-        return logits[:, -1], memory
-    # A segment that was left open though full has no room for a first piece.
-    memory = _close_full(model, memory)
-    # Rows end their segments at different tokens, so each piece stops at the nearest end of any row.
-    lengths = prompt.new_full(prompt.shape[:1], prompt.shape[1]) if lengths is None else lengths
-    final = None
-    begin = 0
-    while begin < int(lengths.max()):
-        left = lengths - begin
-        room = model.segment_length - memory.open_length
-        end = begin + min(int(room[left > 0].min()), int(left.max()))
-        mask = torch.arange(begin, end, device=prompt.device) < lengths[:, None]
-        out = model(prompt[:, begin:end], memory, mask=mask, close=False)
-        memory = out.memory
-        memory = _close_full(model, memory)
-        index = (lengths - 1 - begin).clamp(0, end - begin - 1)
-        newest = out.logits[torch.arange(len(lengths), device=prompt.device), index]
-        here = (lengths > begin) & (lengths <= end)
-        final = newest if final is None else torch.where(here[:, None], newest, final)
-        begin = end
-    assert final is not None
-    return final, memory
-
-
-def _read_token(
-    model: MemoryLM, token: Tensor, memory: Memory | None, mask: Tensor | None
-) -> tuple[Tensor, Memory]:
-    out = model(token[:, None], memory, mask=mask, close=False)
-    return out.logits[:, -1], _close_full(model, out.memory)
-
-
-def _close_full(model: MemoryLM, memory: Memory) -> Memory:
-    full = memory.open_length >= model.segment_length
-    if not bool(full.any()):
-        return memory
-    # A call without tokens: `write` is how our members do it, not part of the contract.
-    nothing = torch.zeros(memory.batch_size, 0, dtype=torch.int64, device=full.device)
-    return model.module.commit(model(nothing, memory, close=full).memory)
+    """The logits after the last real token of each row, `[batch, vocab_size]`, and the memory."""
+    last, mask = prompt.new_full(prompt.shape[:1], prompt.shape[1] - 1), None
+    if lengths is not None:
+        last, prompt = lengths - 1, prompt[:, : int(lengths.max())]
+        mask = torch.arange(prompt.shape[1], device=prompt.device) < lengths[:, None]
+    begin, rows, found = 0, [], []
+    # Piece by piece: the logits of a whole prompt may take more than everything else.
+    for logits, after in pieces(model, prompt, memory, mask):
+        end = begin + logits.shape[1]
+        here = ((begin <= last) & (last < end)).nonzero().squeeze(1)
+        rows.append(here)
+        found.append(logits[here, last[here] - begin])
+        begin, memory = end, after
+    assert memory is not None
+    return torch.cat(found)[torch.cat(rows).argsort()], memory
 
 
 def _ids(stop: int | Collection[int] | None, device: torch.device) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memory_models.advance import advance
 from memory_models.checkpoints import CheckpointError, library_version, read_tensors, write_tensors
-from memory_models.hf.advance import advance
 from memory_models.module import MemoryModule
 from memory_models.state import Memory, memory_state
 

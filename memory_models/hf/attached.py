@@ -21,8 +21,8 @@ from memory_models.hf.adapter import (
     read_attached,
     write_attached,
 )
-from memory_models.hf.advance import newest_flags
 from memory_models.hf.cache import carried, carry, repeat_rows
+from memory_models.hf.masks import newest_flags
 from memory_models.state import Memory
 
 CHILD = "attached_memory"

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from memory_models.advance import advance
 from memory_models.checkpoints import CheckpointError
-from memory_models.hf.advance import advance, newest_flags
 from memory_models.hf.cache import MemoryCache, repeat_rows
 from memory_models.hf.config import MemoryModelConfig
+from memory_models.hf.masks import newest_flags
 from memory_models.lm import IGNORED_LABEL, MemoryLM, cross_entropy
 from memory_models.models import create_lm, describe
 
