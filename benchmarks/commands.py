@@ -245,8 +245,7 @@ def study_command(command: Study, words: Sequence[str]) -> int:
     if command.list:
         for part in chosen:
             print(f"{part.name}: {part.title}")
-            for line in part.commands:
-                print(f"  {shlex.join(['memory-bench', *line])}")
+            print(f"  {shlex.join(['memory-bench', *part.command])}")
         return EXIT_OK
     code = run_study(chosen, main, publish=command.publish, document=command.document)
     if code == EXIT_INTERRUPTED:

@@ -49,11 +49,6 @@ class Part:
     folder: Path
     table: str = "table"
 
-    @property
-    def commands(self) -> tuple[tuple[str, ...], ...]:
-        """The commands, in order."""
-        return (self.command,)
-
 
 def parts(
     *,
@@ -177,11 +172,10 @@ def run_study(
     """
     worst = 0
     for part in chosen:
-        for words in part.commands:
-            code = command(words)
-            if code == EXIT_INTERRUPTED:
-                return code
-            worst = max(worst, code)
+        code = command(part.command)
+        if code == EXIT_INTERRUPTED:
+            return code
+        worst = max(worst, code)
         if (part.folder / f"{part.table}.md").exists():
             publish_part(part, publish / part.name)
             write_tables(part, publish / part.name, document)
