@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.document import Block, Code, Heading, Paragraph, Picture, Table, as_markdown
+from benchmarks.document import Block, Code, Heading, Paragraph, Picture, Table
 from benchmarks.report import (
     blank,
     column,
@@ -82,11 +82,6 @@ def sweep_table(sweep: Sweep, *, metrics: Sequence[Mapping[str, Any]], costs: bo
             cells += [number(Figure.of([values.get(metric["name"])])) for metric in metrics]
             lines.append(cells + [""] * (len(header) - len(cells)))
     return lines
-
-
-def sweep_markdown(sweep: Sweep, pictures: Sequence[Path] = ()) -> str:
-    """The whole report as Markdown."""
-    return as_markdown(sweep_document(sweep, pictures))
 
 
 def sweep_document(sweep: Sweep, pictures: Sequence[Path] = ()) -> list[Block]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.document import as_markdown
 from benchmarks.results import FINISHED, Results, write_json
 from benchmarks.summary import NothingToReportError
 from benchmarks.sweep import EVALUATED, TRAINED, write_sweep
 from benchmarks.sweep_plots import Places, places_of
-from benchmarks.sweep_report import sweep_csv, sweep_markdown, sweep_table, write_sweep_report
+from benchmarks.sweep_report import sweep_csv, sweep_document, sweep_table, write_sweep_report
 from benchmarks.sweep_summary import load_sweep
 from tests.benchmarks.sweeps import planned
 
@@ -121,7 +122,7 @@ def test_trained_and_evaluated_points_are_told_apart(tmp_path: Path) -> None:
         ["64", "evaluated"],
     ]
     assert [line[4] for line in lines[:4]] == ["1.0 k", "1.0 k", "", ""]
-    text = sweep_markdown(sweep)
+    text = as_markdown(sweep_document(sweep))
     assert "one model, trained with memories 64, is evaluated with each value" in text
     assert "memory-bench sweep ..." in text
     assert "memory-bench run evaluated-1-0" in text

@@ -15,12 +15,13 @@ import pytest
 from benchmarks import compare as compare_module
 from benchmarks.cli import main
 from benchmarks.compare import InterruptedComparison
+from benchmarks.document import as_markdown
 from benchmarks.evaluate import evaluate, take_weights
 from benchmarks.members import build_model
 from benchmarks.results import DIVERGED, FAILED, FINISHED, Record, Results
 from benchmarks.settings import cached_task, evaluation_of, plan
 from benchmarks.sweep import EVALUATED, TRAINED, plan_sweep
-from benchmarks.sweep_report import sweep_markdown
+from benchmarks.sweep_report import sweep_document
 from benchmarks.sweep_summary import load_sweep
 from benchmarks.train import run
 from memory_models.checkpoints import load_model
@@ -128,7 +129,7 @@ def test_where_training_fails_nothing_is_evaluated_and_all_of_it_is_shown(
     sweep = planned("dropout=0.0,0.3", mode="evaluate", assignments=["trouble=nan"])
     [record] = do(sweep, tmp_path)
     assert record["status"] == DIVERGED
-    text = sweep_markdown(load_sweep(tmp_path))
+    text = as_markdown(sweep_document(load_sweep(tmp_path)))
     assert "diverged: the loss is nan at step 1" in text
     assert "dropout=0.3 evaluated seed 0 has not ended yet" in text
 
@@ -148,11 +149,11 @@ def test_an_interrupted_sweep_goes_on_with_what_is_left(
     with pytest.raises(InterruptedComparison):
         do(sweep, tmp_path)
     assert len(started) == 1
-    assert "dim=4 trained seed 0 has not ended yet" in sweep_markdown(load_sweep(tmp_path))
+    assert "dim=4 trained seed 0 has not ended yet" in as_markdown(sweep_document(load_sweep(tmp_path)))
     monkeypatch.setattr(compare_module, "compare", whole)
     do(sweep, tmp_path)
     assert sorted(started) == sorted(point.spec.id for point in sweep.points)
-    assert "What went wrong" not in sweep_markdown(load_sweep(tmp_path))
+    assert "What went wrong" not in as_markdown(sweep_document(load_sweep(tmp_path)))
 
 
 def test_the_command_ends_with_table_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
