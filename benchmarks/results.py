@@ -63,19 +63,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: if it cannot be written; the old content then still stands.
     """
+    # Here, because it loads torch, which looking at results does not need.
+    from memory_models.files import replace_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    replace_file(path, lambda part: part.write_bytes(data))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -115,6 +107,8 @@ class Results:
         Raises:
             OSError: if it cannot be written; the lines that were there stay as they were.
         """
+        from memory_models.files import sync_folder
+
         line = json.dumps(plain(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         created = not self.lines.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +124,7 @@ class Results:
                     os.truncate(self.lines, end)
                 raise
         if created:
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
 
     def records(self) -> list[Record]:
         """All lines in order; a line that a crash cut short is left out."""
@@ -209,16 +203,6 @@ def _mend_last_line(file: Any) -> int:
     file.write(b"\n")
     file.flush()
     return len(data) + 1
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename or a new file is safe only when its folder is; not every system can sync a folder.
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 try:

@@ -10,7 +10,6 @@ import hashlib
 import io
 import logging
 import os
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.corpus import Corpus, Document
+from benchmarks.results import write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -159,14 +159,6 @@ def _write(path: Path, arrays: dict[str, NDArray[np.integer]]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(buffer.getvalue())
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_atomically(path, buffer.getvalue())
     except OSError as error:
         _log.warning("not kept: %s cannot be written (%s)", path, error)

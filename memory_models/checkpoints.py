@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from memory_models.files import read_file, replace_file
 from memory_models.lm import MemoryLM
 from memory_models.models import build, describe
 from memory_models.module import MemoryModule
@@ -32,7 +31,6 @@ FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 M = TypeVar("M", bound=Memory)
-R = TypeVar("R")
 
 
 class CheckpointError(ValueError):
@@ -147,51 +145,6 @@ def library_version() -> str:
         return "unknown"
 
 
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a new file, then put it in the place of `path` in one step.
-
-    The data reach the disk before the name does. If anything fails the old file stays as it was.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        write(part)
-        # mkstemp makes files that only their owner may read; a checkpoint is shared like any file.
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def read_file(path: Path, read: Callable[[Path], R]) -> R:
-    """What `read` makes of the file; once more if the file was replaced meanwhile.
-
-    safetensors opens a file by name twice, for its header and for its tensors, which could then be of two.
-    """
-    while True:
-        before = _identity(path)
-        try:
-            found = read(path)
-        except Exception:
-            if _identity(path) == before:
-                raise
-            continue
-        if _identity(path) == before:
-            return found
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
     """Write a safetensors file by `replace_file`.
 
@@ -228,15 +181,6 @@ def read_tensors(
         return read_file(path, read)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
-
-
-def _identity(path: Path) -> tuple[int, int, int, int] | None:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    # The times too, for the number of a file that is gone is given to the next one.
-    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ from benchmarks.agents.settings import AgentSettings
 from benchmarks.agents.spaces import Inputs, count_actions
 from benchmarks.provenance import versions
 from benchmarks.results import read_json, write_atomically, write_json
-from memory_models.checkpoints import CheckpointError, replace_file
+from memory_models.checkpoints import CheckpointError
+from memory_models.files import replace_file
 
 RECENT_EPISODES = 100
 CURVE_FILE, CHECKPOINT_FILE, RESULT_FILE, SETTINGS_FILE = (

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from benchmarks.training.processes import Processes
-from memory_models.checkpoints import CheckpointError, replace_file
+from memory_models.checkpoints import CheckpointError
+from memory_models.files import replace_file
 from memory_models.state import Memory
 
 FORMAT = "memory-models training"

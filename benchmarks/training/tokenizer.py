@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memory_models.checkpoints import replace_file
+from memory_models.files import replace_file
 from memory_models.hub import TOKENIZER_FILE
 
 BYTES = "bytes"

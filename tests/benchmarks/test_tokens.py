@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -76,6 +77,15 @@ def test_the_encoding_is_made_once(
     assert make(folder, tmp_path, **KINDS["bpe"]).fingerprint() == first.fingerprint()
     assert "cannot be read" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes of files")
+def test_the_encoding_may_be_read_by_whoever_may_read_the_users_files(folder: Path, tmp_path: Path) -> None:
+    make(folder, tmp_path / "cache", **KINDS["bpe"])
+    (kept,) = (tmp_path / "cache").iterdir()
+    usual = tmp_path / "usual"
+    usual.touch()
+    assert kept.stat().st_mode == usual.stat().st_mode
 
 
 def test_a_cache_that_cannot_be_written_is_only_a_warning(

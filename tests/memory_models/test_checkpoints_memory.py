@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memory_models import CheckpointError, Memory, checkpoints, load_memory, save_memory, unroll
-from memory_models.checkpoints import replace_file
+from memory_models.files import replace_file
 from tests.members import MEMBERS, small
 from tests.memory_models.saved import Counter, assert_same, counter
 
@@ -132,6 +133,21 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path: Path) 
     assert os.listdir(tmp_path) == ["file"]
     replace_file(target, lambda path: path.write_bytes(b"new"))
     assert target.read_bytes() == b"new"
+
+
+def test_a_system_that_cannot_sync_folders_can_keep_memories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def refuse_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(22, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    save_memory(counter(1.0), tmp_path / "m")
+    assert_same(load_memory(tmp_path / "m", counter()), counter(1.0))
 
 
 # The file is written and synced, then put in place, then its folder is synced.
