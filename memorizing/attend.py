@@ -15,12 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memorizing.knn.attend import bag
+from memorizing.knn.attend import bag, dots
 from memorizing.knn.exact import exact_top_k
-
-# Bytes of gathered values held at a time in the backward pass: on a CPU they should stay in cache.
-CPU_BLOCK_BYTES = 2 * 2**20
-DEVICE_BLOCK_BYTES = 128 * 2**20
 
 
 @torch.library.custom_op(
@@ -133,7 +129,7 @@ def _attend_backward(
             weight = flat_weights[group, :, :read].flatten(0, 1)
             score_grad = torch.zeros_like(weight)
             if grad is not None:
-                weight_grad = _dots(grad.flatten(0, 1)[group].flatten(0, 1), places, value_table)
+                weight_grad = dots(grad.flatten(0, 1)[group].flatten(0, 1), places, value_table)
                 score_grad = weight * weight_grad
                 score_grad = score_grad - weight * score_grad.sum(-1, keepdim=True)
             if log_grad is not None:
@@ -170,22 +166,6 @@ def _ages(slots: Tensor, total: Tensor, group: slice, bias: Tensor) -> Tensor:
     newest = total[rows // h] - 1
     head = (rows % h * p)[:, None] + torch.arange(i, device=slots.device) // (i // p)
     return head[..., None] * m + (newest[:, None, None] - slots) % m
-
-
-def _dots(vectors: Tensor, places: Tensor, table: Tensor) -> Tensor:
-    """`vectors[i] . table[places[i, j]]`, `[i, k]`, some rows at a time."""
-    count, k = places.shape
-    limit = CPU_BLOCK_BYTES if table.device.type == "cpu" else DEVICE_BLOCK_BYTES
-    step = max(1, limit // max(1, k * table.shape[1] * table.element_size()))
-    out = vectors.new_empty(count, 1, k)
-    buffer = table.new_empty(min(step, count) * k, table.shape[1])
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        rows = torch.index_select(table, 0, places[start:stop].flatten(), out=buffer[: (stop - start) * k])
-        rows = rows.view(stop - start, k, -1).to(vectors.dtype)
-        # Row times matrix: the same product as matrix times column runs eight times slower.
-        torch.bmm(vectors[start:stop, None], rows.mT, out=out[start:stop])
-    return out.squeeze(1)
 
 
 @attend.register_fake
