@@ -115,11 +115,8 @@ def register(entry: ModelInfo) -> None:
 
 def list_models(pattern: str = "*", *, tag: str | None = None) -> list[str]:
     """Names of members that match a shell pattern and carry a tag, plug-ins included."""
-    return [
-        entry.name
-        for entry in models
-        if entry.name in models.names(pattern) and (tag is None or tag in entry.tags)
-    ]
+    wanted = models.names(pattern)
+    return [entry.name for entry in models if entry.name in wanted and (tag is None or tag in entry.tags)]
 
 
 def info(name: str) -> ModelInfo:
