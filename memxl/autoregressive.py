@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from memory_models.generate import filter_logits
 from memxl.classic import ClassicMemory, MemoryTransformerXL
 from memxl.classic_loss import linear_cross_entropy
 from memxl.embeddings import Embeddings
@@ -36,9 +37,7 @@ def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
     Args:
         thres: share of the vocabulary that is left out; at least one token stays.
     """
-    kept = max(1, int((1 - thres) * logits.shape[-1]))
-    values, indices = logits.topk(kept)
-    return torch.full_like(logits, -torch.inf).scatter(-1, indices, values)
+    return filter_logits(logits, top_k=max(1, int((1 - thres) * logits.shape[-1])))
 
 
 def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
@@ -47,11 +46,7 @@ def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
     Args:
         thres: probability that may be left out; those that stay hold at least the rest of it.
     """
-    ordered, indices = logits.sort(descending=True)
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    ordered = ordered.masked_fill(before > 1 - thres, -torch.inf)
-    return torch.full_like(logits, -torch.inf).scatter(-1, indices, ordered)
+    return filter_logits(logits, top_p=max(1 - thres, torch.finfo(torch.float32).tiny))
 
 
 class AutoregressiveWrapper(nn.Module):
@@ -205,7 +200,9 @@ class AutoregressiveWrapper(nn.Module):
             filtered = filter_logits_fn(logits, thres=filter_thres)
             if temperature == 0:
                 return filtered.argmax(-1, keepdim=True)
-            return torch.multinomial((filtered / temperature).softmax(-1), 1)
+            # In half precision small probabilities would be rounded away.
+            dtype = torch.promote_types(filtered.dtype, torch.float32)
+            return torch.multinomial((filtered / temperature).softmax(-1, dtype=dtype), 1)
 
         modes = [(part, part.training) for part in self.modules()]
         self.eval()
