@@ -22,6 +22,7 @@ from htm import attend as inner
 from htm.checks import check_floating, check_mask, check_shape
 from htm.choose import all_of, best_chunks, chunk_weights, readable_places
 from htm.chunks import positions_like, summarize, with_previous
+from memory_models.checks import check_sizes
 from memory_models.transformer import MATCHING_SCALE
 
 __all__ = ["HTMAttention", "HTMBlock"]
@@ -74,11 +75,9 @@ class HTMAttention(nn.Module):
         init_scale: float | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"dim": dim, "heads": heads, "topk_mems": topk_mems}
-        sizes |= {"mem_chunk_size": mem_chunk_size, "dim_head": dim_head}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} ({size}) must be at least 1")
+        check_sizes(
+            dim=dim, heads=heads, topk_mems=topk_mems, mem_chunk_size=mem_chunk_size, dim_head=dim_head
+        )
         self.dim = dim
         self.heads = heads
         self.topk_mems = topk_mems

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from memformer.decoder import Decoder
 from memformer.layers import GatedSlotWrite, SlotWrite
 from memformer.transformer import Encoder, RelativePositions, bucket, bucket_bounds, check_context
+from memory_models.checks import check_heads, check_sizes
 
 Write = Literal["gru", "bmn"]
 
@@ -113,7 +114,7 @@ class Memformer(nn.Module):
         super().__init__()
         if write not in get_args(Write):
             raise ValueError(f"write ({write!r}) must be one of {', '.join(map(repr, get_args(Write)))}")
-        _check_sizes(
+        check_sizes(
             dim=dim,
             num_memory_slots=num_memory_slots,
             num_mem_updates=num_mem_updates,
@@ -121,7 +122,7 @@ class Memformer(nn.Module):
             enc_depth=enc_depth,
             enc_max_seq_len=enc_max_seq_len,
         )
-        _check_heads(dim, enc_heads=enc_heads, mem_update_attn_heads=mem_update_attn_heads)
+        check_heads(dim, enc_heads=enc_heads, mem_update_attn_heads=mem_update_attn_heads)
         self.dim, self.num_memory_slots, self.encoder_only = dim, num_memory_slots, encoder_only
         self.encoder = Encoder(
             num_tokens=enc_num_tokens, dim=dim, depth=enc_depth, heads=enc_heads, max_seq_len=enc_max_seq_len
@@ -133,8 +134,8 @@ class Memformer(nn.Module):
                     "the decoder needs dec_num_tokens, dec_depth and dec_max_seq_len; give them, or "
                     "encoder_only=True for a model without one"
                 )
-            _check_sizes(dec_num_tokens=dec_num_tokens, dec_depth=dec_depth, dec_max_seq_len=dec_max_seq_len)
-            _check_heads(dim, dec_heads=dec_heads)
+            check_sizes(dec_num_tokens=dec_num_tokens, dec_depth=dec_depth, dec_max_seq_len=dec_max_seq_len)
+            check_heads(dim, dec_heads=dec_heads)
             self.decoder = Decoder(
                 num_tokens=dec_num_tokens,
                 dim=dim,
@@ -282,15 +283,3 @@ def _rebucketed(positions: RelativePositions, published: Tensor) -> Tensor:
     sums = added.new_zeros(published.shape).index_add(0, ours, added)
     # Bucket `buckets // 2` of the two-sided kind would be distance zero after the query: never asked for.
     return sums / torch.bincount(ours, minlength=positions.buckets).clamp(min=1)[:, None]
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} ({size}) must be at least 1")
-
-
-def _check_heads(dim: int, **heads: int) -> None:
-    for name, number in heads.items():
-        if number < 1 or dim % number:
-            raise ValueError(f"dim ({dim}) must be divisible by {name} ({number})")

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from memory_models.checks import check_heads, check_sizes
 from memory_models.module import check_flags
 from memory_models.stats import collecting, record
 
@@ -49,7 +50,7 @@ class SlotAttention(nn.Module):
         name: str = "memformer/read",
     ) -> None:
         super().__init__()
-        _check_sizes(dim=dim, heads=heads, dim_head=1 if dim_head is None else dim_head)
+        check_sizes(dim=dim, heads=heads, dim_head=1 if dim_head is None else dim_head)
         if dim_head is None and dim % heads:
             raise ValueError(f"dim ({dim}) must be divisible by heads ({heads}), or give dim_head")
         self.dim, self.heads, self.name, self.dropout = dim, heads, name, dropout
@@ -121,8 +122,8 @@ class SlotWrite(nn.Module):
         name: str = "memformer/write",
     ) -> None:
         super().__init__()
-        _check_sizes(dim=dim, slots=slots, heads=heads, iterations=iterations)
-        _check_heads(dim, heads)
+        check_sizes(dim=dim, slots=slots, heads=heads, iterations=iterations)
+        check_heads(dim, heads=heads)
         for option, value in (("temperature", temperature), ("forgetting", forgetting)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{option} ({value}) must be positive")
@@ -194,8 +195,8 @@ class GatedSlotWrite(nn.Module):
         self, dim: int, *, slots: int, heads: int = 8, iterations: int = 1, name: str = "memformer/write"
     ) -> None:
         super().__init__()
-        _check_sizes(dim=dim, slots=slots, heads=heads, iterations=iterations)
-        _check_heads(dim, heads)
+        check_sizes(dim=dim, slots=slots, heads=heads, iterations=iterations)
+        check_heads(dim, heads=heads)
         self.dim, self.heads, self.name, self.iterations = dim, heads, name, iterations
         self.to_queries = nn.Linear(dim, dim)
         self.to_keys_values = nn.Linear(dim, 2 * dim)
@@ -311,14 +312,3 @@ def _check_rows(dim: int, slots: Tensor, tokens: Tensor) -> None:
         )
     if slots.shape[0] != tokens.shape[0]:
         raise ValueError(f"there are {tokens.shape[0]} rows of tokens but {slots.shape[0]} of slots")
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} ({size}) must be at least 1")
-
-
-def _check_heads(dim: int, heads: int) -> None:
-    if dim % heads:
-        raise ValueError(f"dim ({dim}) must be divisible by heads ({heads})")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from memory_models.checks import check_sizes
 from memxl.classic_layers import ClassicAttention, ClassicBlock, ClassicFeedForward, Context, empty_slots
 from memxl.classic_memory import (
     ClassicMemory,
@@ -83,10 +84,10 @@ class MemoryTransformerXL(nn.Module):
         emb_dim = dim if emb_dim is None else emb_dim
         mem_len = seq_len if mem_len is None else mem_len
         lmem_len = mem_len if lmem_len is None else lmem_len
-        _check_sizes(
+        check_sizes(
             num_tokens=num_tokens, dim=dim, seq_len=seq_len, depth=depth, emb_dim=emb_dim, heads=heads
         )
-        _check_sizes(
+        check_sizes(
             least=0,
             mem_len=mem_len,
             lmem_len=lmem_len,
@@ -313,12 +314,6 @@ class MemoryTransformerXL(nn.Module):
             raise TypeError(f"mask must be bool, got {mask.dtype}")
         if mask.shape != x.shape:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, the tokens {tuple(x.shape)}")
-
-
-def _check_sizes(*, least: int = 1, **sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < least:
-            raise ValueError(f"{name} ({size}) must be at least {least}")
 
 
 def _check_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
