@@ -14,10 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from benchmarks.commands import (
-    EXIT_FAILED_RUN,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    EXIT_USAGE,
     UsageError,
     compare_command,
     list_command,
@@ -26,6 +22,7 @@ from benchmarks.commands import (
     study_command,
     sweep_command,
 )
+from benchmarks.endings import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 
 try:
     import rich  # noqa: F401
@@ -228,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     except OSError as error:
         print(f"memory-bench: {error}", file=sys.stderr)
-        return EXIT_FAILED_RUN
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

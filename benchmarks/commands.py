@@ -13,14 +13,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.endings import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
+
 if TYPE_CHECKING:
     from benchmarks.cli import CommonOptions, Compare, List, Report, Run, Study, Sweep
     from benchmarks.settings import RunSpec
     from benchmarks.summary import Comparison
     from benchmarks.sweep_summary import Sweep as SweepOfRuns
     from benchmarks.train import Progress
-
-EXIT_OK, EXIT_FAILED_RUN, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class UsageError(Exception):
@@ -91,7 +91,7 @@ def run_command(command: Run, words: Sequence[str]) -> int:
         _say_how_to_go_on("Stopped; the run is saved.", words)
         return EXIT_INTERRUPTED
     if record["status"] != FINISHED:
-        return EXIT_FAILED_RUN
+        return EXIT_FAILED
     for name, value in record["scores"].items():
         print(f"  {name}: {'none' if value is None else f'{value:.4f}'}")
     print(f"kept in {results.folder} as run {spec.id}")
@@ -172,7 +172,7 @@ def compare_command(command: Compare, words: Sequence[str]) -> int:
             )
             return EXIT_INTERRUPTED
     _report(results.folder, results.folder, command.interval)
-    return EXIT_OK if all(record["status"] == FINISHED for record in records) else EXIT_FAILED_RUN
+    return EXIT_OK if all(record["status"] == FINISHED for record in records) else EXIT_FAILED
 
 
 def sweep_command(command: Sweep, words: Sequence[str]) -> int:
@@ -212,7 +212,7 @@ def sweep_command(command: Sweep, words: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
     _report_sweep(results.folder, results.folder, command.interval)
     well = len(records) == len(specs) and all(record["status"] == FINISHED for record in records)
-    return EXIT_OK if well else EXIT_FAILED_RUN
+    return EXIT_OK if well else EXIT_FAILED
 
 
 def report_command(command: Report, words: Sequence[str]) -> int:

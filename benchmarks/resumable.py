@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from benchmarks.endings import DivergedError
 from benchmarks.evaluate import evaluate
 from benchmarks.learning import accumulate_gradients, learning_rate, make_optimizer
 from benchmarks.members import build_model
@@ -29,10 +30,6 @@ from benchmarks.task import Task
 logger = logging.getLogger(__name__)
 
 LOSS_POINTS = 50
-
-
-class DivergedError(Exception):
-    """The loss or the gradient is not finite."""
 
 
 class CannotWriteError(OSError):

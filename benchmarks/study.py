@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.document import as_markdown
+from benchmarks.endings import EXIT_INTERRUPTED
 from benchmarks.overview import document as overview_document
 from benchmarks.overview import draw, gather
 from benchmarks.results import Results, read_json, write_atomically
 from memory_models.registry import nearest
 
-EXIT_INTERRUPTED = 130
 TASKS = (
     *("recall", "rewrite", "copy", "reverse", "selective-copy", "needle", "ballet", "text"),
     # Known settings of other people's papers.

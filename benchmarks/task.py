@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.groups import weights
+from memory_models.lm import IGNORED_LABEL
 from memory_models.registry import Named, Registry, nearest
 
-IGNORED = -100
+IGNORED = IGNORED_LABEL
 """The label of a position at which nothing is asked."""
 
 

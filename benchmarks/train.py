@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from benchmarks.diagnose import memory_gradients, summarise_stats
+from benchmarks.endings import DivergedError
 from benchmarks.evaluate import MODES, evaluate, take_weights
 from benchmarks.members import build_model, tags_of
 from benchmarks.provenance import peak_memory, versions
 from benchmarks.results import DIVERGED, FAILED, FINISHED, Record, Results, write_json
-from benchmarks.resumable import CannotWriteError, DivergedError, Training, writing
+from benchmarks.resumable import CannotWriteError, Training, writing
 from benchmarks.settings import RunSpec, TrainSettings, cached_task, command_of
 from benchmarks.task import Task
 

@@ -18,12 +18,13 @@ except ImportError as error:
 
 from benchmarks.agents.agent import Agent, Step, entropy, log_probability, sample
 from benchmarks.agents.environments import make_environments, random_return
-from benchmarks.agents.ppo import DivergedError, PPOSettings, learn, objective
+from benchmarks.agents.ppo import PPOSettings, learn, objective
 from benchmarks.agents.reactive import Reactive
 from benchmarks.agents.rollout import Actor, Rollout, Windows, advantages_of
 from benchmarks.agents.settings import AgentSettings
 from benchmarks.agents.spaces import Inputs, count_actions
 from benchmarks.agents.training import Training, run
+from benchmarks.endings import DivergedError
 
 __all__ = [
     "Actor",

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from benchmarks.agents.environments import random_return
-from benchmarks.agents.ppo import DivergedError, PPOSettings
+from benchmarks.agents.ppo import PPOSettings
 from benchmarks.agents.settings import AgentSettings, parse_assignments
 from benchmarks.agents.training import CURVE_FILE, run
+from benchmarks.endings import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, DivergedError
 from benchmarks.results import write_atomically
 from benchmarks.worker import stop_on_signal
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 TABLE_FILE, PICTURE_FILE = "table.md", "curves.png"
 
 

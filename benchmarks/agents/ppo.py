@@ -10,10 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.agents.agent import Agent, entropy, log_probability
 from benchmarks.agents.rollout import Windows
-
-
-class DivergedError(Exception):
-    """The loss or the gradient is not finite."""
+from benchmarks.endings import DivergedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.endings import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, DivergedError
 from benchmarks.members import build_model
 from benchmarks.progress import Display, display_for
 from benchmarks.results import FINISHED, write_atomically
 from benchmarks.training.data import load_text
-from benchmarks.training.loop import DivergedError, Training
+from benchmarks.training.loop import Training
 from benchmarks.training.processes import Processes, connect
 from benchmarks.training.settings import TrainConfig
 from benchmarks.training.tokenizer import load_tokenizer
 from benchmarks.worker import stop_on_signal
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 LOG_FILE = "log.jsonl"
 LOG_EVERY = 10
 

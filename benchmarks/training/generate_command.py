@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.endings import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from benchmarks.training.processes import Processes
 from benchmarks.training.tokenizer import tokenizer_of
 from memory_models.generate import generate, sampler
 from memory_models.hub import from_pretrained, local_folder
 from memory_models.lm import MemoryLM
-
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 @dataclass(frozen=True, kw_only=True)

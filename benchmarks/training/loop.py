@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.endings import DivergedError
 from benchmarks.learning import learning_rate, make_optimizer
 from benchmarks.task import stable_seed
 from benchmarks.training import state as states
@@ -32,10 +33,6 @@ CHECKPOINT_FILE, MODEL_FOLDER = "checkpoint.pt", "model"
 _SAMPLE_PROMPT_TOKENS = 64
 # It starts at 2^16 and halves at each gradient that is not finite.
 _SMALLEST_SCALE = 2.0**-24
-
-
-class DivergedError(Exception):
-    """The loss or the gradient is not finite."""
 
 
 class Training:

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cli import main
+from benchmarks.endings import DivergedError
 from benchmarks.training import state as states
 from benchmarks.training.command import prepare, train
-from benchmarks.training.loop import DivergedError, Training
+from benchmarks.training.loop import Training
 from benchmarks.training.settings import TrainConfig
 from memory_models import CheckpointError, MemoryLM, from_pretrained, unroll
 from tests.benchmarks.training import MODEL, tiny, words_of, write_corpus, write_tokenizer
