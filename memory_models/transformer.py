@@ -42,7 +42,7 @@ class TransformerConfig:
     segment_length: int = 64
     """Most tokens of one segment, within which attention is exact."""
     dropout: float = 0.0
-    """Dropout after attention and feed-forward."""
+    """Dropout of attention's weights and inside the feed-forward."""
     token_shift: bool = False
     """Mix each input with the one before it: x_t + W x_{t-1}."""
     matching_layer: bool = False
