@@ -253,7 +253,7 @@ _ACTIONS: dict[type, Any] = {
     Compare: compare_command,
     Sweep: sweep_command,
     Report: report_command,
-    Study: study_command,
+    Study: functools.partial(study_command, main=main),
 }
 
 

@@ -227,9 +227,8 @@ def report_command(command: Report, words: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def study_command(command: Study, words: Sequence[str]) -> int:
-    """Every part of the published comparison that is not done, then the document."""
-    from benchmarks.cli import main
+def study_command(command: Study, words: Sequence[str], *, main: Callable[[Sequence[str]], int]) -> int:
+    """Every part of the published comparison that is not done, by `main`; then the document."""
     from benchmarks.study import parts, run_study
 
     with _wrong_use():

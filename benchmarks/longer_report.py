@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.document import Block, Heading, Paragraph, Table
+from benchmarks.formatting import number
 from benchmarks.groups import ENOUGH, weights
 from benchmarks.summary import Comparison, Figure, Row, title
 
@@ -44,8 +45,6 @@ def longer_section(comparison: Comparison) -> list[Block]:
 
 def longer_table(comparison: Comparison, figure: Figured) -> list[list[str]]:
     """Models by factors; `figure(comparison, row)` gives a cell."""
-    from benchmarks.report import number
-
     factors = lengths(comparison)
     lines = [["model", *(f"× {factor}" for factor in factors)]]
     for model, rows in _in_order(comparison):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.document import Block, Paragraph, Picture, Table
-from benchmarks.report import number
+from benchmarks.formatting import number
 from benchmarks.summary import BOOTSTRAP, Comparison, Figure, NothingToReportError, load, title
 
 PICTURE = "all-models-on-all-tasks.png"

@@ -21,6 +21,7 @@ from benchmarks.document import (
     as_markdown,
 )
 from benchmarks.findings import warnings
+from benchmarks.formatting import count, number, size, small
 from benchmarks.groups import ENOUGH
 from benchmarks.longer_report import draw_longer, longer_section
 from benchmarks.results import write_atomically
@@ -196,52 +197,6 @@ def as_csv(comparison: Comparison) -> str:
             cells += [blank(values.get(name)), "", "", ""]
         writer.writerow(cells + [""] * len(costs))
     return text.getvalue()
-
-
-def number(figure: Figure | None) -> str:
-    """A score: three decimals below 10, two above, with its interval if there is one."""
-    if figure is None:
-        return "–"
-    digits = 3 if abs(figure.mean) < 10 else 2
-    text = _signed(figure.mean, digits)
-    if figure.interval == BOOTSTRAP and figure.bounds is not None:
-        # It need not be even on both sides.
-        return f"{text} [{' '.join(_signed(end, digits) for end in figure.bounds)}]"
-    return text if figure.half_width is None else f"{text} ± {figure.half_width:.{digits}f}"
-
-
-def _signed(value: float, digits: int) -> str:
-    # Rounding must not print a minus before zero.
-    text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
-
-
-def small(figure: Figure | None) -> str:
-    """A positive figure of any size, to two digits."""
-    return "–" if figure is None else f"{figure.mean:.2g}"
-
-
-def count(figure: Figure | None) -> str:
-    """A count to three digits: `89.1 k`."""
-    if figure is None:
-        return "–"
-    return _scaled(figure.mean, 1000, ("", " k", " M", " G"))
-
-
-def size(figure: Figure | None) -> str:
-    """Bytes to three digits: `8.2 KiB`."""
-    if figure is None:
-        return "–"
-    return _scaled(figure.mean, 1024, (" B", " KiB", " MiB", " GiB"))
-
-
-def _scaled(value: float, base: int, units: Sequence[str]) -> str:
-    step = 0
-    while abs(value) >= base and step < len(units) - 1:
-        value /= base
-        step += 1
-    digits = 0 if step == 0 or value >= 100 else 1
-    return f"{value:.{digits}f}{units[step]}"
 
 
 def column(metric: Mapping[str, Any]) -> str:

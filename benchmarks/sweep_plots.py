@@ -27,8 +27,7 @@ from benchmarks.drawing import (
 )
 from benchmarks.summary import Figure, point, title
 from benchmarks.sweep import EVALUATED, TRAINED, Option
-from benchmarks.sweep_report import base_in_words
-from benchmarks.sweep_summary import Sweep
+from benchmarks.sweep_summary import Sweep, base_in_words
 
 Metric = Mapping[str, Any]
 Entry = tuple[str, ...]

@@ -9,24 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.document import Block, Code, Heading, Paragraph, Picture, Table
+from benchmarks.formatting import count, number, size
 from benchmarks.report import (
     blank,
     column,
-    count,
     directions,
     failure_section,
     floor_name,
     introduction,
     is_finite,
     main_metrics,
-    number,
-    size,
     write_csv,
     write_document,
 )
 from benchmarks.summary import Figure
 from benchmarks.sweep import EVALUATED, TRAINED
-from benchmarks.sweep_summary import Line, Sweep
+from benchmarks.sweep_summary import Line, Sweep, base_in_words
 
 
 def write_sweep_report(sweep: Sweep, out: str | Path, *, plots: bool = True) -> list[Path]:
@@ -152,13 +150,6 @@ def ways_in_words(sweep: Sweep) -> str:
             "without training again."
         )
     return " ".join(words)
-
-
-def base_in_words(sweep: Sweep) -> str:
-    """The values with which the evaluated model was trained."""
-    return ", ".join(
-        f"{option.short} {value}" for option, value in zip(sweep.options, sweep.bases_have, strict=True)
-    )
 
 
 def _training_speed(line: Line) -> str:

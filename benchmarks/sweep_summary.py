@@ -105,6 +105,13 @@ def load_sweep(folder: str | Path) -> Sweep:
     )
 
 
+def base_in_words(sweep: Sweep) -> str:
+    """The values with which the evaluated model was trained."""
+    return ", ".join(
+        f"{option.short} {value}" for option, value in zip(sweep.options, sweep.bases_have, strict=True)
+    )
+
+
 def _values(options: Sequence[Option], place: Sequence[int]) -> str:
     return ", ".join(f"{o.short}={o.labels[i]}" for o, i in zip(options, place, strict=True))
 

@@ -21,7 +21,7 @@ from benchmarks.document import (
     as_html,
     as_markdown,
 )
-from benchmarks.report import count, size
+from benchmarks.formatting import count, size
 from benchmarks.results import FINISHED, Record, write_atomically
 from benchmarks.summary import Figure
 

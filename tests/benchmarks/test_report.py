@@ -13,13 +13,11 @@ from typing import Any
 import pytest
 
 from benchmarks import drawing, plots
+from benchmarks.formatting import count, number, size
 from benchmarks.report import (
     as_csv,
-    count,
     main_metrics,
     markdown,
-    number,
-    size,
     table,
     write_report,
 )
