@@ -7,10 +7,11 @@ for its rules, which any module can be put to.
 
 from memory_models.checkpoints import CheckpointError, load_memory, load_model, save_memory, save_model
 from memory_models.generate import Step, generate, greedy, sampler
-from memory_models.hub import Pretrained, from_pretrained, push_to_hub, save_pretrained
+from memory_models.hub import from_pretrained, push_to_hub, save_pretrained
 from memory_models.lm import LMOutput, MemoryLM
 from memory_models.models import ModelInfo, create, create_lm, info, list_models, models, register
 from memory_models.module import MemoryModule
+from memory_models.pretrained import Pretrained
 from memory_models.registry import Registry, UnknownNameError
 from memory_models.replay import Replay, memory_replay
 from memory_models.ring import Ring

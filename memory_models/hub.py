@@ -11,16 +11,25 @@ import os
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 
-if TYPE_CHECKING:
-    from memory_models.lm import MemoryLM
-    from memory_models.module import MemoryModule
-    from memory_models.state import Memory
+from memory_models.checkpoints import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    load_memory,
+    load_model,
+    save_memory,
+    save_model,
+)
+from memory_models.lm import MemoryLM
+from memory_models.models import describe
+from memory_models.module import MemoryModule
+from memory_models.state import Memory
 
-    Model: TypeAlias = MemoryModule[Any] | MemoryLM
+Model: TypeAlias = MemoryModule[Any] | MemoryLM
 
 MEMORY_FILE = "memory.safetensors"
 # What lies outside the memory, of members whose `store` can be saved, such as `memorizing` with
@@ -29,72 +38,6 @@ STORE_FILE = "store.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
-
-
-class Pretrained:
-    """The methods of a model that is kept in a folder or on the Hub. Its class is a model's."""
-
-    def save_pretrained(self, folder: str | os.PathLike[str], *, memory: Memory | None = None) -> None:
-        """Write options and weights, and the memory beside them; as the function `save_pretrained`."""
-        save_pretrained(self, folder, memory=memory)  # type: ignore[arg-type]
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike[str],
-        *,
-        device: torch.device | str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        trust_classes: bool = False,
-    ) -> Self:
-        """Load a model of this class; as the function `from_pretrained`.
-
-        Raises:
-            CheckpointError: if it holds a model of another class, or as the function.
-        """
-        from memory_models.checkpoints import CheckpointError
-
-        model = from_pretrained(
-            source,
-            device=device,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            trust_classes=trust_classes,
-        )
-        if not isinstance(model, cls):
-            raise CheckpointError(
-                f"{source} holds a {type(model).__name__}, not a {cls.__name__}; "
-                "memory_models.from_pretrained loads either"
-            )
-        return model
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        memory: Memory | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        branch: str | None = None,
-        create_pr: bool | None = None,
-        commit_message: str = "Upload model",
-    ) -> str:
-        """Put the model on the Hub; as the function `push_to_hub`."""
-        return push_to_hub(
-            self,  # type: ignore[arg-type]
-            repo_id,
-            memory=memory,
-            private=private,
-            token=token,
-            branch=branch,
-            create_pr=create_pr,
-            commit_message=commit_message,
-        )
 
 
 def save_pretrained(model: Model, folder: str | os.PathLike[str], *, memory: Memory | None = None) -> None:
@@ -109,9 +52,6 @@ def save_pretrained(model: Model, folder: str | os.PathLike[str], *, memory: Mem
     Raises:
         ValueError: if the model was not made from the registry, so that it could not be built again.
     """
-    from memory_models.checkpoints import save_memory, save_model
-    from memory_models.models import describe
-
     describe(model)
     folder = Path(folder)
     for name in (MEMORY_FILE, STORE_FILE):
@@ -184,8 +124,6 @@ def from_pretrained(
         CheckpointError: if a file is damaged, of another version, or does not fit the model.
         ImportError: if it must come from the Hub and huggingface_hub is not installed.
     """
-    from memory_models.checkpoints import load_memory, load_model
-
     folder = local_folder(
         source,
         with_memory=with_memory,
@@ -241,8 +179,6 @@ def push_to_hub(
         ValueError: if the model was not made from the registry.
     """
     hub = _import_hub()
-    from memory_models.models import describe
-
     # Here, because the mixin makes the repository before it asks for the files.
     member = describe(model)["model"]
 
@@ -287,8 +223,6 @@ def local_folder(
     if not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"no folder {name}, and a model on the Hub is named owner/name")
     hub = _import_hub(name)
-    from memory_models.checkpoints import CONFIG_FILE, WEIGHTS_FILE
-
     patterns = [CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE]
     try:
         found = Path(
@@ -309,8 +243,6 @@ def local_folder(
 
 
 def _check_trusted(name: str, config: Path, trust_classes: bool) -> None:
-    from memory_models.checkpoints import CheckpointError
-
     if trust_classes or not config.exists():
         return
     try:

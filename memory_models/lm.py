@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memory_models.hub import Pretrained
 from memory_models.module import MemoryModule
+from memory_models.pretrained import Pretrained
 from memory_models.state import Memory
 from memory_models.stats import collect_stats
 

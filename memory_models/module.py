@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from memory_models.hub import Pretrained
+from memory_models.pretrained import Pretrained
 from memory_models.state import Memory
 
 M = TypeVar("M", bound=Memory)

@@ -43,10 +43,11 @@ def files(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def imported(path: Path, *, at_import: bool = False) -> Iterator[str]:
+def imported(path: Path, *, at_import: bool = False, in_full: bool = False) -> Iterator[str]:
     """Dotted names of the modules that a file imports, relative ones resolved.
 
     With `at_import` only those that run when the file is imported: not in functions, nor for type checkers.
+    With `in_full` those that run at any time, with what is taken: `a.b.c` for `from a.b import c`.
     """
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     stack: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
@@ -54,13 +55,14 @@ def imported(path: Path, *, at_import: bool = False) -> Iterator[str]:
         node = stack.pop()
         if at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
-        if at_import and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if (at_import or in_full) and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
-            yield ".".join((*base, *([node.module] if node.module else [])))
+            source = ".".join((*base, *([node.module] if node.module else [])))
+            yield from (f"{source}.{alias.name}" for alias in node.names) if in_full else [source]
         stack.extend(ast.iter_child_nodes(node))
 
 
@@ -88,6 +90,52 @@ def test_the_search_for_imports_finds_them_all(tmp_path: Path, monkeypatch: pyte
     early = {"memxl", "memformer.x", "htm", "benchmarks"}
     assert set(imported(path)) == early | {"faiss", "rich"}
     assert set(imported(path, at_import=True)) == early
+    taken = {"memxl", "memformer.x.y", "htm.memory", "benchmarks.z", "faiss"}
+    assert set(imported(path, in_full=True)) == taken
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_within(package: str) -> dict[str, set[str]]:
+    """What each file imports of its package, in functions too; not for type checkers."""
+    modules = {module_name(path): path for path in files(package)}
+
+    def module_of(name: str) -> str:
+        return name if name in modules else name.rpartition(".")[0]
+
+    return {
+        own: ({module_of(name) for name in imported(path, in_full=True)} & modules.keys()) - {own}
+        for own, path in modules.items()
+    }
+
+
+def cycle_in(arrows: dict[str, set[str]]) -> list[str]:
+    """A way from a module back to itself, or nothing."""
+    done: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        found = next(filter(None, (walk(other, [*way, name]) for other in sorted(arrows[name]))), [])
+        done.add(name)
+        return found
+
+    return next(filter(None, (walk(name, []) for name in sorted(arrows))), [])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_import_leads_back_to_itself(package: str) -> None:
+    assert " -> ".join(cycle_in(imports_within(package))) == ""
+
+
+def test_the_search_for_cycles_finds_one() -> None:
+    assert cycle_in({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+    assert cycle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 @pytest.mark.parametrize("package", ["memory_models", *FAMILIES])
