@@ -33,11 +33,11 @@ def longer_section(comparison: Comparison) -> list[Block]:
     if any(
         unseen(comparison, row) is not None for rows in comparison.longer.values() for row in rows.values()
     ):
+        records = [r for rows in comparison.longer.values() for row in rows.values() for r in row.finished]
+        rarely = f"; a gap that was asked for less than {ENOUGH} times counts in proportion"
+        known = any("asked" in record for record in records)
         blocks += [
-            Paragraph(
-                "Mean over the gaps that are longer than any in the training; a gap that was asked for less "
-                f"than {ENOUGH} times counts in proportion:"
-            ),
+            Paragraph(f"Mean over the gaps that are longer than any in the training{rarely * known}:"),
             Table(longer_table(comparison, unseen)),
         ]
     return blocks

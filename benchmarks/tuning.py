@@ -33,8 +33,8 @@ class Choice:
         model: its name.
         rate: the rate with the best score; None if no trial ended well.
         scores: the headline by rate; None for a trial that failed or diverged.
-        edge: whether the rate is the smallest or the largest of several and none of them is as good, so that a
-            better one may lie beyond.
+        edge: whether the rate is the smallest or the largest of several and better than all others, so that
+            a better one may lie beyond.
     """
 
     model: str
