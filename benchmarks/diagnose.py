@@ -53,7 +53,11 @@ def summarise_stats(model: Any, task: Task, *, rows: int, batches: int) -> dict[
 
 
 def memory_gradients(
-    model: Any, name: str, options: Mapping[str, Any], batches: Sequence[Batch]
+    model: Any,
+    name: str,
+    options: Mapping[str, Any],
+    batches: Sequence[Batch],
+    memory: Any = None,
 ) -> dict[str, float]:
     """Norm of the gradient that a step sends to each parameter that the plain transformer does not have.
 
@@ -62,6 +66,8 @@ def memory_gradients(
         name: of a member; others than families have no memory parameters.
         options: with which it was built.
         batches: what an optimiser step reads, one after the other.
+        memory: that the step starts with. A stream trained a segment at a time reads nothing but what is in
+            it: from an empty one no gradient would reach what reads.
 
     Returns:
         Norms by the parameter's name; a parameter that no gradient reaches has 0.
@@ -72,7 +78,7 @@ def memory_gradients(
     was_training = model.training
     model.eval()
     try:
-        loss, _ = loss_of(model, batches, None)
+        loss, _ = loss_of(model, batches, memory)
         gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
     finally:
         model.train(was_training)

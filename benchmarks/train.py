@@ -174,7 +174,7 @@ def _train_and_evaluate(
         batches = [
             task.batch(seed=spec.seed, step=number, batch_size=settings.batch_size) for number in following
         ]
-        gradients = memory_gradients(model, spec.model, spec.model_options, batches)
+        gradients = memory_gradients(model, spec.model, spec.model_options, batches, training.memory)
     with writing(folder):
         keep_model(model, task, folder)
     return {

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.diagnose import memory_gradients, memory_parameters, summarise_stats
+from benchmarks.evaluate import segments
 from benchmarks.findings import warnings
 from benchmarks.learning import loss_of
 from benchmarks.members import build_model
@@ -71,6 +72,19 @@ def test_gradients_of_the_memory_are_those_of_the_loss() -> None:
     assert found.keys() >= wanted.keys() != set()
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
     assert not any("feedforwards" in name or name.startswith(("embedding", "head")) for name in found)
+
+
+def test_a_step_of_one_segment_reads_what_the_training_carries() -> None:
+    task = recall()
+    model = build_model("htm", OPTIONS, task.vocab_size).eval()
+    *before, last = segments(task.batch(seed=0, step=0, batch_size=4), model.segment_length)
+    _, memory = loss_of(model, before, None)
+    reading = {"module.reads.0.query.weight", "module.read_norms.0.weight"}
+    alone = memory_gradients(model, "htm", OPTIONS, [last])
+    carried = memory_gradients(model, "htm", OPTIONS, [last], memory.detach())
+    assert reading <= alone.keys() == carried.keys()
+    assert all(alone[name] == 0 for name in reading)
+    assert all(carried[name] > 0 for name in reading)
 
 
 def test_only_families_have_memory_parameters() -> None:
