@@ -44,7 +44,7 @@ def summarise_stats(model: Any, task: Task, *, rows: int, batches: int) -> dict[
                 for segment in segments(batch, model.segment_length):
                     first = memory is None
                     out = model(segment.tokens, memory, mask=segment.mask, reset=segment.reset, stats=True)
-                    memory = out.memory
+                    memory = model.commit(out.memory)
                     for name, value in {} if first else out.stats.items():
                         values.setdefault(name, []).append(_counted(name, value))
     finally:

@@ -90,6 +90,7 @@ def _steps(model: Any, tokens: Tensor) -> dict[str, Callable[[], None]]:
         memory, total = None, tokens.new_zeros((), dtype=torch.float32)
         for index, piece in enumerate(pieces):
             logits, memory, *_ = model(piece, memory)
+            memory = model.commit(memory)
             total = total + loss_of(logits, index)
         total.backward()
 
@@ -98,7 +99,7 @@ def _steps(model: Any, tokens: Tensor) -> dict[str, Callable[[], None]]:
         for index, piece in enumerate(pieces):
             logits, memory, *_ = model(piece, memory)
             loss_of(logits, index).backward()
-            memory = memory.detach()
+            memory = model.commit(memory).detach()
 
     def checkpointed() -> None:
         memory, total = model.init_memory(len(tokens)), tokens.new_zeros((), dtype=torch.float32)
@@ -110,6 +111,8 @@ def _steps(model: Any, tokens: Tensor) -> dict[str, Callable[[], None]]:
         leaves, layout = pytree.tree_flatten(memory)
         for index in range(len(pieces)):
             loss, *leaves = checkpoint(segment, index, *leaves, use_reentrant=False)
+            # Outside the checkpoint, which calls its function twice.
+            leaves = pytree.tree_leaves(model.commit(pytree.tree_unflatten(leaves, layout)))
             total = total + loss
         total.backward()
 

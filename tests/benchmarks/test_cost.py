@@ -45,6 +45,24 @@ def test_every_way_of_the_gradient_but_truncation_gives_the_same(name: str) -> N
     assert gradients.keys() == set(GRADIENTS)
 
 
+def test_every_way_of_the_gradient_writes_the_outside_store() -> None:
+    # Room for all pairs: what computes a segment again needs those that it read.
+    options = {**SMALL, "memories": 40, "topk": 4}
+    tokens = torch.randint(VOCABULARY, (2, 40))
+    gradients = {}
+    for store in ("state", "outside"):
+        torch.manual_seed(0)
+        given = {**options, "store": store, **({"pending_segments": 1} if store == "outside" else {})}
+        model = build_model("memorizing", given, VOCABULARY).double()
+        for way, step in _steps(model, tokens).items():
+            model.zero_grad()
+            step()
+            parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            gradients[store, way] = torch.cat(parts)
+    for way in GRADIENTS:
+        assert torch.allclose(gradients["outside", way], gradients["state", way], rtol=1e-9, atol=1e-12)
+
+
 def test_autograd_s_bytes_are_those_of_its_tensors() -> None:
     x = torch.randn(10, 4)
     weight = nn.Parameter(torch.randn(4, 4))

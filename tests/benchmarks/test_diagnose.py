@@ -43,6 +43,19 @@ def test_stats_are_summed_up_over_all_segments_but_the_first() -> None:
     assert float((every < found[name]["low"]).double().mean()) <= 0.05 + 1 / len(every)
 
 
+def test_stats_are_the_same_wherever_the_pairs_are() -> None:
+    task = create_task("recall", segments=5, keys=16, values=8, evaluation_sequences=8)
+    sizes = {**OPTIONS, "segment_length": task.segment_length, "memories": 48, "topk": 4}
+    found = []
+    for store in ({}, {"store": "outside", "pending_segments": 1}):
+        torch.manual_seed(0)
+        model = build_model("memorizing", {**sizes, **store}, task.vocab_size)
+        found.append(summarise_stats(model, task, rows=4, batches=2))
+    assert found[0]
+    for name, summary in found[0].items():
+        assert found[1][name] == pytest.approx(summary, abs=1e-5)
+
+
 def test_ages_of_nothing_do_not_count() -> None:
     task = recall()
     model = build_model("htm", {**OPTIONS, "chunk_size": 4, "chunks": 8, "topk": 8}, task.vocab_size)

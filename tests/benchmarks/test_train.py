@@ -257,6 +257,16 @@ def test_whole_sequences_are_not_unrolled(tmp_path: Path) -> None:
     assert record["tokens"] == 2 * numbers(run(tiny_plan(task=STREAM), Results(tmp_path / "one")))["tokens"]
 
 
+def test_a_sequence_longer_than_what_may_wait_for_the_store_is_trained_and_probed(tmp_path: Path) -> None:
+    options = ["store='outside'", "memories=64", "topk=4", "pending_segments=1", "memory_layers=(-1,)"]
+    assignments = ["task.segments=4", "steps=2", *(f"model.{option}" for option in options)]
+    spec = plan("memorizing", "recall", 0, smoke=True, assignments=assignments)
+    record = run(spec, Results(tmp_path))
+    assert record is not None
+    assert record["status"] == FINISHED, record
+    assert any(name.endswith("memory share") for name in record["diagnostics"])
+
+
 def test_a_stopped_run_with_a_store_outside_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
     options = ["store='outside'", "memories=64", "topk=4", "pending_segments=1", "memory_layers=(-1,)"]
     spec = plan("memorizing", STREAM, 0, smoke=True, assignments=[f"model.{option}" for option in options])
