@@ -36,9 +36,10 @@ class Evaluation:
     Attributes:
         scores: flat metric names and their values.
         asked: how many answers or tokens each score is made of.
-        state_bytes: bytes of a row's memory that carry something from segment to segment. A tensor that is
-            as in a fresh memory whenever a segment ends (room for the open segment) carries nothing.
-        memory_bytes: bytes of a row's whole memory.
+        state_bytes: bytes of a row's memory that carry something from segment to segment, those in a store
+            outside it included. A tensor that is as in a fresh memory whenever a segment ends (room for the
+            open segment) carries nothing.
+        memory_bytes: bytes of a row's whole memory, likewise.
         tokens: tokens read.
         seconds: what the reading took.
     """
@@ -115,11 +116,42 @@ def evaluate(
     return Evaluation(
         scores={name: float(value) for name, value in scorer.result().items()},
         asked=scorer.counts(),
-        state_bytes=carrier.state_bytes,
-        memory_bytes=carrier.memory_bytes,
+        state_bytes=carrier.weight.state_bytes,
+        memory_bytes=carrier.weight.memory_bytes,
         tokens=tokens,
         seconds=time.perf_counter() - began,
     )
+
+
+class StateWeight:
+    """What a row's memory weighs, over all memories that were added; outside stores count.
+
+    Args:
+        model: whose memories they are.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._fresh: dict[str, Tensor] = model.init_memory(1).tensors()
+        self._carrying: dict[str, float] = {}
+        self._outside = 0.0
+        self.memory_bytes = 0.0
+        """Of a row's whole memory."""
+
+    @property
+    def state_bytes(self) -> float:
+        """Of those of its tensors that were ever other than in a fresh memory, and of the store."""
+        return sum(self._carrying.values()) + self._outside
+
+    def add(self, memory: Any) -> None:
+        """Weigh a memory that goes from one segment to the next, committed."""
+        rows = memory.batch_size
+        outside = self._model.outside_bytes(memory) / rows
+        self._outside = max(self._outside, outside)
+        self.memory_bytes = max(self.memory_bytes, memory.nbytes / rows + outside)
+        for name, leaf in memory.tensors().items():
+            if name not in self._carrying and not torch.equal(leaf, self._fresh[name].expand_as(leaf)):
+                self._carrying[name] = leaf.numel() * leaf.element_size() / rows
 
 
 def take_weights(model: nn.Module, folder: Path) -> None:
@@ -160,13 +192,7 @@ class _Carrier:
         self.model = model
         self.mode = mode
         self.memory: Any = None
-        self.memory_bytes = 0.0
-        self._fresh: dict[str, Tensor] = {}
-        self._carrying: dict[str, float] = {}
-
-    @property
-    def state_bytes(self) -> float:
-        return sum(self._carrying.values())
+        self.weight = StateWeight(model)
 
     def start_afresh(self) -> None:
         self.memory = None
@@ -192,16 +218,8 @@ class _Carrier:
         return self.memory
 
     def _keep(self, memory: Any, segment: Batch, rows: int) -> None:
-        self._weigh(memory, rows)
+        self.weight.add(memory)
         if self.mode == "frozen" and self.memory is not None:
             began = torch.zeros(rows, dtype=torch.bool) if segment.reset is None else segment.reset
             memory = memory.where(began if began.dim() == 1 else began.any(1), self.memory)
         self.memory = memory
-
-    def _weigh(self, memory: Any, rows: int) -> None:
-        self.memory_bytes = max(self.memory_bytes, memory.nbytes / rows)
-        if not self._fresh:
-            self._fresh = self.model.init_memory(1).tensors()
-        for name, leaf in memory.tensors().items():
-            if name not in self._carrying and not torch.equal(leaf, self._fresh[name].expand_as(leaf)):
-                self._carrying[name] = leaf.numel() * leaf.element_size() / rows

@@ -131,6 +131,11 @@ class Memorizing(MemoryModule[MemorizingMemory]):
         layers = [layer for layer in memory.layers if isinstance(layer, OutsidePairs)]
         return dataclasses.replace(memory, layers=self.store.commit(layers, training=self.training))
 
+    def outside_bytes(self, memory: MemorizingMemory) -> int:
+        """Bytes of the outside store, if there is one, that belong to the memory's rows."""
+        layer = next((layer for layer in memory.layers if isinstance(layer, OutsidePairs)), None)
+        return 0 if self.store is None or layer is None else self.store.bytes_of(layer)
+
     def _pairs(self, memory: MemorizingMemory, index: int) -> PairMemory | OutsideView:
         pairs = memory.layers[index]
         if isinstance(pairs, PairMemory):

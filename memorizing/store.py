@@ -79,7 +79,15 @@ class OutsideStore:
     @property
     def nbytes(self) -> int:
         """Bytes set aside for the pairs of all streams, and used by their indexes."""
-        return sum(memory.nbytes for stream in self._streams.values() for memory in stream.memories)
+        return sum(stream.nbytes for stream in self._streams.values())
+
+    def bytes_of(self, pairs: OutsidePairs) -> int:
+        """The part of `nbytes` that belongs to the rows of a state, of which this is any layer.
+
+        Rows that share a stream share its bytes; a row that was never committed has none.
+        """
+        held = (self._streams.get(number) for number in set(pairs.stream.tolist()))
+        return sum(stream.nbytes for stream in held if stream is not None)
 
     @property
     def _capacity(self) -> int:
@@ -293,6 +301,10 @@ class _Stream:
     @property
     def oldest(self) -> int:
         return self.total - int(self.memories[0].counts[0])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(memory.nbytes for memory in self.memories)
 
     def write(self, layers: list[PairMemory], row: int, begin: int, end: int) -> None:
         for memory, pairs in zip(self.memories, layers, strict=True):

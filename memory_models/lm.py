@@ -81,6 +81,10 @@ class MemoryLM(Pretrained, nn.Module):
         """Flush writes that wait for a store outside the memory; between segments."""
         return self.module.commit(memory)
 
+    def outside_bytes(self, memory: Memory) -> int:
+        """Bytes that a store outside the memory sets aside for its rows."""
+        return self.module.outside_bytes(memory)
+
     def forward(
         self,
         tokens: Tensor,

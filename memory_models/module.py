@@ -120,6 +120,10 @@ class MemoryModule(Pretrained, nn.Module, Generic[M]):
         """Flush writes that wait for a store outside the memory; between segments. Default: none."""
         return memory
 
+    def outside_bytes(self, memory: M) -> int:
+        """Bytes that a store outside the memory sets aside for its rows. Default: 0."""
+        return 0
+
     def _read_masked(self, x: Tensor, memory: M, mask: Tensor | None) -> tuple[Tensor, M]:
         time = x.shape[1]
         if time == 0:

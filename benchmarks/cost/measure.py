@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.cost import VOCABULARY
 from benchmarks.cost.flops import flop_counter
+from benchmarks.evaluate import StateWeight
 from benchmarks.members import build_model
 from benchmarks.speed.peer_worker import extra_peak
 from memory_models.replay import memory_replay
@@ -125,16 +126,13 @@ def _steps(model: Any, tokens: Tensor) -> dict[str, Callable[[], None]]:
 def _read(model: Any, tokens: Tensor) -> tuple[Any, float]:
     """The memory after all tokens, and the bytes of it that a row carries from segment to segment."""
     model.eval()
-    fresh = model.init_memory(1).tensors()
+    weight = StateWeight(model)
     memory: Any = None
-    carrying: dict[str, float] = {}
     with torch.no_grad():
         for piece in tokens.split(model.segment_length, 1):
             memory = model.commit(model(piece, memory).memory)
-            for name, leaf in memory.tensors().items():
-                if not torch.equal(leaf, fresh[name].expand_as(leaf)):
-                    carrying[name] = leaf.numel() * leaf.element_size() / len(tokens)
-    return memory, sum(carrying.values())
+            weight.add(memory)
+    return memory, weight.state_bytes
 
 
 def _decode(model: Any, memory: Any, rows: int, clock: Callable[[], float]) -> float:

@@ -130,6 +130,14 @@ def test_a_case_has_all_figures() -> None:
     assert measure(case())["state_bytes"] == 0
 
 
+def test_the_bytes_of_an_outside_store_are_state_too() -> None:
+    options = {**SMALL, "memories": 20, "store": "outside", "pending_segments": 1}
+    pair = 2 * 2 * 8 * 4  # key and value, of two heads of 8 floats
+    # 8 pairs and three counters in the state, room for 20 + 8 pairs in the store
+    found = measure(case(model="memorizing", options=options, decode=False))
+    assert found["state_bytes"] == 8 * pair + 3 * 8 + (20 + 8) * pair
+
+
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0, -0.5])
 def test_the_exponent_of_a_power_is_found(power: float) -> None:
     lengths = [512, 2048, 8192]

@@ -51,6 +51,15 @@ def test_memories_are_matched_by_what_each_keeps() -> None:
     assert found.models["window"].note == "carries nothing"
 
 
+def test_a_store_outside_the_memory_is_matched_with_its_bytes() -> None:
+    outside = "memorizing store=outside pending_segments=1"
+    specs = [plan(name, "recall", 0, smoke=True) for name in ("memorizing", outside)]
+    sizes = [measure_state(spec) for spec in specs]
+    assert sizes[1] > sizes[0]
+    found = match(specs[1:], STATE, reference=2 * int(sizes[1])).models[outside]
+    assert found.value == pytest.approx(2 * sizes[1], rel=TOLERANCE[STATE])
+
+
 def test_the_smallest_memory_of_a_family_is_the_measure() -> None:
     specs = [plan(name, "recall", 0, smoke=True) for name in ("gru", "memformer")]
     found = match(specs, STATE)

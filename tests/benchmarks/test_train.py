@@ -267,6 +267,23 @@ def test_a_sequence_longer_than_what_may_wait_for_the_store_is_trained_and_probe
     assert any(name.endswith("memory share") for name in record["diagnostics"])
 
 
+def test_the_pairs_of_a_row_weigh_wherever_they_are() -> None:
+    task = cached_task("recall", {"segments": 4, "keys": 8, "values": 8, "evaluation_sequences": 4})
+    sizes = {"dim": 16, "depth": 1, "heads": 2, "segment_length": task.segment_length, "memories": 40}
+    weights = {}
+    for store in ("state", "outside"):
+        options = {**sizes, "store": store, **({"pending_segments": 1} if store == "outside" else {})}
+        model = build_model("memorizing", options, task.vocab_size)
+        weights[store] = evaluate(model, task, rows=4)
+    pair = 2 * 2 * 8 * 4  # key and value, of two heads of 8 floats
+    kept = task.segment_length
+    assert weights["state"].state_bytes == 40 * pair + 8
+    # The newest are in the state too, and the store has room for what older states still see.
+    assert weights["outside"].state_bytes == (40 + kept + kept) * pair + 3 * 8
+    for found in weights.values():
+        assert found.memory_bytes == found.state_bytes + kept * pair + 8  # the open segment, and its length
+
+
 def test_a_stopped_run_with_a_store_outside_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
     options = ["store='outside'", "memories=64", "topk=4", "pending_segments=1", "memory_layers=(-1,)"]
     spec = plan("memorizing", STREAM, 0, smoke=True, assignments=[f"model.{option}" for option in options])
@@ -356,6 +373,9 @@ class Parrot:
 
     def commit(self, memory: Any) -> Any:
         return memory
+
+    def outside_bytes(self, memory: Any) -> int:
+        return 0
 
     def __call__(self, tokens: Any, memory: Any, *, mask: Any = None, reset: Any = None) -> Any:
         told = self.init_memory(len(tokens)).token if memory is None else memory.token

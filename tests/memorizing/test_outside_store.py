@@ -225,6 +225,20 @@ def test_streams_give_way_and_those_of_training_not_to_those_of_evaluation() -> 
     roomy(stream(1), kept[0])
 
 
+def test_the_bytes_of_a_memory_are_those_of_its_own_streams() -> None:
+    _, made, store = both()
+    each = 2 * 2 * (23 + 10) * (DIM // 2) * 8
+    memory = made(stream(1, rows=3))[1]
+    assert made.outside_bytes(memory) == 0
+    memory = made.commit(memory)
+    assert made.outside_bytes(memory) == store.nbytes == 3 * each
+    # Rows that share a stream share its bytes, and a reset row has none.
+    assert made.outside_bytes(memory.select(rows(0, 0, 2))) == 2 * each
+    assert made.outside_bytes(made.reset_memory(memory, torch.tensor([True, False, False]))) == 2 * each
+    inside = model()
+    assert inside.outside_bytes(inside(stream(1))[1]) == 0
+
+
 def test_a_reset_row_does_not_leak_and_its_old_stream_is_given_up_in_the_end() -> None:
     _, made, store = both()
     memory: MemorizingMemory | None = None
