@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Shares of attention or of a gate beyond these are as good as all or nothing.
+# Diagnostics that say how much comes from the memory, or stays in it, rather than from elsewhere; those of
+# members from elsewhere end in "gate". A share among slots is not one of them: its mean is 1 / slots.
+_GATES = ("gate", "memory share", "long share", "short share", "own share")
+# Beyond these a gate is as good as closed or open.
 _CLOSED, _OPEN = 0.01, 0.99
+# How many slots are read, counted by weight; in place of fewer than two a single vector would do.
+_USED, _FEW = "slots used", 2.0
 # A score that changes by less than this share when the memory is taken away does not come from it.
 _UNUSED = 0.01
 
@@ -30,17 +35,15 @@ def warnings(record: Mapping[str, Any], *, headline: str) -> list[str]:
             f"the memory is not used: without it {headline} is {without:.3f} instead of {carried:.3f}"
         )
     for name, summary in (record.get("diagnostics") or {}).items():
-        if _is_share(name) and not _CLOSED <= summary["mean"] <= _OPEN:
-            state = "closed" if summary["mean"] < _CLOSED else "all open"
-            found.append(f"{name} is {state}: {summary['mean']:.4f} on average")
+        mean = summary["mean"]
+        if name.endswith(_GATES) and not _CLOSED <= mean <= _OPEN:
+            found.append(f"{name} is {'closed' if mean < _CLOSED else 'all open'}: {mean:.4f} on average")
+        if name.endswith(_USED) and mean < _FEW:
+            found.append(f"few slots are read: {name} is {mean:.2f} on average")
     dead = [name for name, norm in (record.get("memory_gradients") or {}).items() if norm == 0]
     if dead:
         found.append(f"no gradient reaches {_listed(dead)}")
     return found
-
-
-def _is_share(name: str) -> bool:
-    return name.endswith((" share", " gate", "/gate", "/share"))
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:

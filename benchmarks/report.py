@@ -351,7 +351,8 @@ def _diagnostics_section(comparison: Comparison) -> list[Block]:
             Heading("What the memories do"),
             Paragraph(
                 "The members' own diagnostics on a part of the evaluation, over all segments of a sequence "
-                "but the first; means over the seeds. Ages and distances are in tokens."
+                "but the first; means over the seeds. Ages and distances are in tokens; "
+                "what is used is counted by the entropy of the weights with which it is read."
             ),
             Table(stats),
         ]

@@ -13,7 +13,7 @@ from htm.layers import HTMAttention
 from htm.memory import ChunkMemory, HTMMemory
 from memory_models.module import MemoryModule
 from memory_models.ring import append
-from memory_models.stats import collecting, record
+from memory_models.stats import collecting, effective_number, record
 from memory_models.transformer import OpenSegment, Trunk
 
 
@@ -107,10 +107,14 @@ class HTM(MemoryModule[HTMMemory]):
         )
 
     def _record(self, layer: int, queries: Tensor, chunks: ChunkMemory) -> None:
-        # Of each query: how old the chunks are that it reads, in tokens (-1: none), and their weights.
+        # Of each query: how old the chunks are that it reads, in tokens (-1: none), and the largest weight.
+        # Of all queries of a row: how many chunks they read, counted by weight.
         read = self.reads[self.config.layers_with_memory.index(layer)]
         chosen, weights = read.choose(queries, chunks.summaries, lengths=chunks.lengths())  # type: ignore[operator]
         ages = chunks.ages()[:, None].expand(-1, chosen.shape[1], -1).gather(-1, chosen)
         record(f"htm/layer {layer}/hit age", ages)
-        record(f"htm/layer {layer}/hit weight", weights)
+        record(f"htm/layer {layer}/largest hit weight", weights.amax(-1))
+        by_chunk = weights.new_zeros(chunks.summaries.shape[:2])
+        by_chunk = by_chunk.scatter_add(1, chosen.flatten(1), weights.flatten(1))
+        record(f"htm/layer {layer}/chunks used", effective_number(by_chunk.float()))
         record(f"htm/layer {layer}/tokens held", chunks.lengths().sum(-1))

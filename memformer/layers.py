@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from memory_models.checks import check_heads, check_sizes
 from memory_models.module import check_flags
-from memory_models.stats import collecting, record
+from memory_models.stats import collecting, effective_number, record
 
 
 class SlotAttention(nn.Module):
@@ -79,7 +79,11 @@ class SlotAttention(nn.Module):
         keys, values = _split(self.to_keys_values(self.slot_norm(slots)), self.heads, parts=2)
         if collecting():
             scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
-            record(f"{self.name}/slot share", scores.float().softmax(-1).mean(1))
+            shares = scores.float().softmax(-1)  # [b, h, t, slots]
+            record(f"{self.name}/largest slot share", shares.amax(-1).transpose(1, 2))
+            if slots.shape[1] > 1:
+                # Over all tokens: each may look at one slot only, if they do not all look at the same.
+                record(f"{self.name}/slots used", effective_number(shares.mean((1, 2))))
         read = F.scaled_dot_product_attention(
             queries, keys, values, dropout_p=self.dropout if self.training else 0.0
         )

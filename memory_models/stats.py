@@ -38,3 +38,17 @@ def record(name: str, value: Tensor) -> None:
         stats = _collector.get()
         assert stats is not None
         stats[name] = value.detach()
+
+
+def effective_number(weights: Tensor) -> Tensor:
+    """How many of the last axis's entries count: the exponential of the entropy of their shares (Hill 1973).
+
+    Args:
+        weights: `[..., n]`, not negative.
+
+    Returns:
+        `[...]`, from 1 (all in one) to `n` (all alike); 0 where all are 0.
+    """
+    total = weights.sum(-1, keepdim=True)
+    number = torch.special.entr(weights / total).sum(-1).exp()
+    return torch.where(total[..., 0] > 0, number, 0)

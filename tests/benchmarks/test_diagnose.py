@@ -65,6 +65,15 @@ def test_ages_of_nothing_do_not_count() -> None:
     assert all(summary["low"] >= 0 for summary in ages)
 
 
+@pytest.mark.parametrize("slots", [1, 128])
+def test_memformer_fresh_from_the_registry_is_not_suspicious(slots: int) -> None:
+    task = recall()
+    model = build_model("memformer", {**OPTIONS, "slots": slots}, task.vocab_size)
+    found = summarise_stats(model, task, rows=4, batches=1)
+    assert [name for name in found if "slot" in name]
+    assert warnings(record(diagnostics=found), headline="accuracy") == []
+
+
 def test_the_mode_of_the_model_is_left_as_it_was() -> None:
     task = recall()
     model = build_model("htm", OPTIONS, task.vocab_size).train()
@@ -138,6 +147,18 @@ def record(**changes: Any) -> dict[str, Any]:
             ["x/memory share is closed: 0.0010 on average"],
         ),
         ({"diagnostics": {"x/gate": {"mean": 0.999, "low": 0.9, "high": 1}}}, ["x/gate is all open: 0.9990"]),
+        (
+            {"diagnostics": {"x/own share": {"mean": 0.999, "low": 0.9, "high": 1}}},
+            ["x/own share is all open"],
+        ),
+        # What a softmax gives to each of 128 slots, or to the only one, says nothing about any gate.
+        ({"diagnostics": {"x/slot share": {"mean": 1 / 128, "low": 0, "high": 0.1}}}, []),
+        ({"diagnostics": {"x/largest slot share": {"mean": 1.0, "low": 1, "high": 1}}}, []),
+        (
+            {"diagnostics": {"x/slots used": {"mean": 1.3, "low": 1, "high": 2}}},
+            ["few slots are read: x/slots used is 1.30 on average"],
+        ),
+        ({"diagnostics": {"x/slots used": {"mean": 2.6, "low": 2, "high": 3}}}, []),
         ({"diagnostics": {"x/hit age": {"mean": 0.0, "low": 0, "high": 0}}}, []),
         (
             {"memory_gradients": {"a": 0.0, "b": 1.0, "c": 0.0, "d": 0.0, "e": 0.0}},

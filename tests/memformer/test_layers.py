@@ -261,7 +261,7 @@ def test_diagnostics_say_which_slots_take_something() -> None:
     assert bool((stats["mine/moved"][0] > 0.1).all())
 
 
-def test_diagnostics_say_which_slots_are_read() -> None:
+def test_diagnostics_say_how_slots_are_read() -> None:
     # One head and unit weights: logits are products of RMS-normalised vectors over sqrt(dim).
     read = SlotAttention(DIM, heads=1).double()
     read.to_queries.weight.data.copy_(torch.eye(DIM))
@@ -271,7 +271,26 @@ def test_diagnostics_say_which_slots_are_read() -> None:
         read(x, slots)
     logits = math.sqrt(DIM) * x[0, 0, :2] / x.pow(2).mean().sqrt() / math.sqrt(DIM)
     wanted = logits.exp() / logits.exp().sum()
-    torch.testing.assert_close(stats["memformer/read/slot share"][0, 0].double(), wanted, atol=1e-6, rtol=0)
+    largest, used = (
+        stats[f"memformer/read/{name}"].double() for name in ("largest slot share", "slots used")
+    )
+    torch.testing.assert_close(largest, wanted.max().view(1, 1, 1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(used, (-wanted * wanted.log()).sum().exp().view(1), atol=1e-6, rtol=0)
+
+
+def test_slots_are_used_if_each_is_read_by_some_token() -> None:
+    read = SlotAttention(DIM, heads=1).double()
+    for weight in (read.to_queries.weight, read.to_keys_values.weight):
+        weight.data[:DIM].copy_(100 * torch.eye(DIM))
+    slots = torch.eye(DIM).double()[None]
+    for tokens_of, number in ((slots, DIM), (slots[:, :1].expand(1, DIM, DIM), 1)):
+        with collect_stats() as stats:
+            read(tokens_of, slots)
+        assert stats["memformer/read/slots used"].tolist() == pytest.approx([number])
+        assert bool((stats["memformer/read/largest slot share"] > 0.999).all())
+    with collect_stats() as stats:
+        read(slots, slots[:, :1])
+    assert "memformer/read/slots used" not in stats  # of one slot there is nothing to choose
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,11 @@ def test_diagnostics_come_with_the_language_model() -> None:
     assert lm(tokens).stats == {}
     stats = lm(tokens, stats=True).stats
     written = {f"memformer/write/{name}": (2, SLOTS) for name in ("own share", "moved", "slot norm")}
-    read = {"memformer/layer 1/slot share": (2, LENGTH, SLOTS)}
+    heads = OPTIONS["heads"]
+    read = {
+        "memformer/layer 1/largest slot share": (2, LENGTH, heads),
+        "memformer/layer 1/slots used": (2,),
+    }
     assert {name: tuple(value.shape) for name, value in stats.items()} == written | read
     with collect_stats() as open_stats:
         lm.module(torch.randn(2, LENGTH, DIM), close=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memory_models import collect_stats, record
-from memory_models.stats import collecting
+from memory_models.stats import collecting, effective_number
 from tests.members import small_lm
 
 
@@ -63,17 +63,30 @@ def test_htm_says_which_chunks_it_reads() -> None:
     for _ in range(4):
         out = lm(tokens, memory, stats=True)
         for layer in range(2):
-            ages, weights = (out.stats[f"htm/layer {layer}/hit {name}"] for name in ("age", "weight"))
-            assert ages.shape == weights.shape
+            ages, largest, used = (
+                out.stats[f"htm/layer {layer}/{name}"]
+                for name in ("hit age", "largest hit weight", "chunks used")
+            )
+            assert ages.shape[:2] == largest.shape
             assert ages.max() < max(held, 1)
-            assert torch.equal(weights > 0, ages >= 0)
-            read = (ages >= 0).any(-1)
-            assert torch.allclose(weights.sum(-1), read.to(weights.dtype))
+            read = (ages >= 0).sum(-1)
+            assert torch.equal(largest > 0, read > 0)
+            assert (largest >= 1 / read.clamp(min=1) - 1e-6)[read > 0].all()
+            chunks = [len(row[row >= 0].unique()) for row in ages]
+            assert ((used >= min(held, 1) - 1e-6) & (used <= torch.tensor(chunks) + 1e-4)).all()
             # three chunks of four tokens, the newest of them open
             assert (out.stats[f"htm/layer {layer}/tokens held"] <= min(held, 12)).all()
         memory, held = out.memory, held + lm.segment_length
     assert torch.equal(lm(tokens, memory).logits, lm(tokens, memory, stats=True).logits)
     assert lm(tokens, memory).stats == {}
+
+
+def test_the_effective_number_counts_what_is_used() -> None:
+    weights = torch.tensor(
+        [[0.0, 0.0, 0.0], [5.0, 0.0, 0.0], [2.0, 2.0, 2.0], [1.0, 1.0, 0.0], [2.0, 1.0, 1.0]]
+    )
+    # of shares 1/2, 1/4, 1/4 the entropy is 3/2 ln 2
+    assert torch.allclose(effective_number(weights), torch.tensor([0.0, 1.0, 3.0, 2.0, 2**1.5]))
 
 
 @pytest.mark.parametrize("combine", ["gate", "softmax"])
