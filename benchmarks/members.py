@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.provenance import source_digest
 from memory_models.lm import MemoryLM
 from memory_models.models import config_fields, create_lm, info, list_models
 
@@ -34,13 +35,14 @@ def known_options(name: str) -> set[str]:
     return set(config_fields(name)) | of_lm
 
 
-def code_of_model(name: str) -> str:
-    """The package, or single module, that holds the code of member `name`."""
+def code_digest(name: str, *modules: str) -> str:
+    """Hash of the code that makes a run's numbers: of member `name`, and of all that `modules` import."""
     module = info(name).target.partition(":")[0]
     package = module.rpartition(".")[0]
     spec = importlib.util.find_spec(package) if package else None
     # A namespace package is a mere folder; what else lies there is not the member's code.
-    return package if spec is not None and spec.origin is not None else module
+    own = package if spec is not None and spec.origin is not None else module
+    return source_digest(["memory_models", own], reached_from=[module, *modules])
 
 
 def tags_of(name: str) -> list[str]:

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import functools
 import hashlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import platform
@@ -61,35 +62,96 @@ def peak_memory() -> int | None:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def source_digest(modules: Sequence[str]) -> str:
-    """Hash of the code of modules or whole packages; comments, docstrings and layout do not count.
+def source_digest(modules: Sequence[str], *, reached_from: Sequence[str] = ()) -> str:
+    """Hash of code; comments, docstrings and layout do not count.
 
     Part of a run's id: without it a corrected model would be "finished" with the old model's numbers.
     Names that cannot be found count by name only.
+
+    Args:
+        modules: modules or whole packages.
+        reached_from: modules that count with all of `imported_modules`.
     """
     digest = hashlib.sha256()
     for module in sorted(set(modules)):
         digest.update(_digest_of(module))
+    for module in imported_modules(reached_from):
+        digest.update(_digest_of(module, alone=True))
     return digest.hexdigest()[:16]
 
 
+def imported_modules(modules: Sequence[str]) -> list[str]:
+    """The modules and all that they import, at any depth, of their own top-level package and of `benchmarks`.
+
+    Imports in functions count, imports for type checkers do not. `memory_models` and the members are not
+    followed: they count as whole packages. What is left out of `benchmarks` is in `_ASIDE`.
+    """
+    found: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        if module not in found and module not in _ASIDE:
+            found.add(module)
+            waiting += _imports_of(module)
+    return sorted(found)
+
+
+# What a run is made of stands in the fields of its spec, and what is said beside its scores changes none.
+_ASIDE = frozenset(
+    f"benchmarks.{name}" for name in ("defaults", "settings", "members", "provenance", "results", "diagnose")
+)
+
+
 @functools.cache
-def _digest_of(module: str) -> bytes:
+def _imports_of(module: str) -> tuple[str, ...]:
+    package = module if _is_package(module) else module.rpartition(".")[0]
+    followed = {module.partition(".")[0], "benchmarks"}
+    found: list[str] = []
+    nodes: list[ast.AST] = [ast.parse(path.read_bytes()) for path in _source_files(module, alone=True)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        nodes += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(base, package) if node.level else base
+            found.append(base)
+            if base.partition(".")[0] in followed and _is_package(base):
+                # Its names may be modules.
+                found += [f"{base}.{alias.name}" for alias in node.names]
+    return tuple(name for name in found if name.partition(".")[0] in followed and _find(name) is not None)
+
+
+def _find(module: str) -> importlib.machinery.ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+
+
+def _is_package(module: str) -> bool:
+    spec = _find(module)
+    return spec is not None and spec.submodule_search_locations is not None
+
+
+@functools.cache
+def _digest_of(module: str, *, alone: bool = False) -> bytes:
     digest = hashlib.sha256(module.encode())
-    for path in _source_files(module):
+    for path in _source_files(module, alone=alone):
         digest.update(path.name.encode())
         digest.update(_code_of(path))
     return digest.digest()
 
 
-def _source_files(module: str) -> list[Path]:
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return []
+def _source_files(module: str, *, alone: bool = False) -> list[Path]:
+    # Of a package all its files, or alone the one that runs when it is imported.
+    spec = _find(module)
     if spec is None:
         return []
-    if spec.submodule_search_locations:
+    if spec.submodule_search_locations and not alone:
         roots = [Path(root) for root in spec.submodule_search_locations]
         return sorted(path for root in roots for path in root.rglob("*.py"))
     return [Path(spec.origin)] if spec.origin and spec.origin.endswith(".py") else []

@@ -24,8 +24,8 @@ from benchmarks.defaults import (
     TRAINING,
     UNKNOWN_COST,
 )
-from benchmarks.members import code_of_model, known_options
-from benchmarks.provenance import source_digest, version_of
+from benchmarks.members import code_digest, known_options
+from benchmarks.provenance import version_of
 from benchmarks.results import plain, run_id
 from memory_models.lm import MemoryLM
 from memory_models.models import config_fields
@@ -195,22 +195,10 @@ def plan(
         model_options=_model_options(model, task, built, smoke=smoke, chosen=model_options),
         task_options=task_options,
         fingerprint=built.fingerprint(),
-        code=source_digest([*_CODE, code_of_model(model), type(built).__module__]),
+        code=code_digest(model, "benchmarks.train", type(built).__module__),
         libraries={name: version_of(name) for name in ("torch", "x-transformers")},
         variant=" ".join(own),
     )
-
-
-_CODE = (
-    "memory_models",
-    "benchmarks.train",
-    "benchmarks.resumable",
-    "benchmarks.evaluate",
-    "benchmarks.learning",
-    "benchmarks.task",
-    "benchmarks.sequences",
-    "benchmarks.groups",
-)
 
 
 def relative_cost(spec: RunSpec) -> float:

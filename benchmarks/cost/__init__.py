@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.members import code_of_model, known_options
-from benchmarks.provenance import source_digest, version_of
+from benchmarks.members import code_digest, known_options
+from benchmarks.provenance import version_of
 from benchmarks.results import run_id
 
 __all__ = ["GRADIENTS", "OPTIONS", "SMOKE_OPTIONS", "Case", "plan"]
@@ -118,7 +118,7 @@ def plan(
                         decode=index == 0,
                         threads=threads,
                         options=options,
-                        code=source_digest(["memory_models", "benchmarks.cost", code_of_model(model)]),
+                        code=code_digest(model, "benchmarks.cost.measure"),
                         libraries={name: version_of(name) for name in ("torch", "x-transformers")},
                     )
                 )

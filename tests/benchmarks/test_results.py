@@ -7,11 +7,13 @@ import math
 import multiprocessing
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.provenance import source_digest, versions
+from benchmarks import provenance
+from benchmarks.provenance import imported_modules, source_digest, versions
 from benchmarks.results import (
     FAILED,
     FINISHED,
@@ -21,9 +23,8 @@ from benchmarks.results import (
     run_id,
     write_atomically,
 )
-from benchmarks.settings import _CODE, RunSpec, TrainSettings, plan
+from benchmarks.settings import RunSpec, TrainSettings, plan
 from tests.benchmarks.tiny import TINY
-from tests.test_architecture import ROOT, imported
 
 
 def test_an_id_changes_with_everything_that_changes_the_numbers() -> None:
@@ -89,18 +90,48 @@ def _digest_without_name(package: str) -> list[bytes]:
     return [_code_of(path) for path in _source_files(package)]
 
 
-def test_all_code_that_training_reaches_names_a_run() -> None:
+@pytest.mark.parametrize("module", ["benchmarks.train", "benchmarks.tasks.text", "benchmarks.tasks.ballet"])
+def test_all_code_that_a_module_loads_names_a_run(module: str) -> None:
+    script = f"import {module}, sys; print(*(name for name in sys.modules if name.startswith('benchmarks.')))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     # What a run is made of stands in its fields, and what is said of it beside its scores changes none.
     aside = {"defaults", "settings", "members", "provenance", "results", "diagnose"}
-    reached, waiting = set(), ["benchmarks.train"]
-    while waiting:
-        module = waiting.pop()
-        path = ROOT / f"{module.replace('.', '/')}.py"
-        if module not in reached and path.exists():
-            reached.add(module)
-            waiting += [name for name in imported(path, at_import=True) if name.startswith("benchmarks.")]
-    assert "benchmarks.learning" in reached
-    assert reached - {f"benchmarks.{name}" for name in aside} <= set(_CODE)
+    wanted = set(loaded.split()) - {f"benchmarks.{name}" for name in aside}
+    assert len(wanted) > 1
+    assert wanted <= set(imported_modules([module]))
+
+
+def test_a_helper_s_code_names_the_runs_of_the_tasks_that_import_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package = tmp_path / "own_tasks"
+    package.mkdir()
+    task = "from tests.benchmarks.tiny import Stream\n\nclass Own(Stream):\n    name = {name!r}\n"
+    files = {
+        "__init__": "",
+        "helper": "A = 1\n",
+        "between": "from . import helper\n",
+        "plain": task.format(name="plain"),
+        "direct": "from own_tasks.helper import A\n" + task.format(name="direct"),
+        "distant": task.format(name="distant")
+        + "    def keep(self, folder):\n        from own_tasks import between\n",
+    }
+    for name, text in files.items():
+        (package / f"{name}.py").write_text(text)
+
+    def ids() -> dict[str, str]:
+        for cached in (provenance._imports_of, provenance._digest_of):
+            cached.cache_clear()
+        return {name: plan(TINY, f"own_tasks.{name}:Own", 0).id for name in ("plain", "direct", "distant")}
+
+    before = ids()
+    assert ids() == before
+    (package / "helper.py").write_text("A = 1  # a comment\n")
+    assert ids() == before
+    (package / "helper.py").write_text("A = 2\n")
+    after = ids()
+    assert {name for name in before if before[name] != after[name]} == {"direct", "distant"}
 
 
 def test_a_module_that_is_not_there_counts_by_its_name() -> None:
@@ -231,8 +262,6 @@ def test_versions_name_what_a_run_was_made_with() -> None:
 def test_a_commit_is_marked_when_code_was_changed_and_not_for_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmarks import provenance
-
     package = tmp_path / "benchmarks"
     package.mkdir()
     for file in (package / "provenance.py", tmp_path / "RESULTS.md"):
