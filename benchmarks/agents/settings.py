@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.agents.ppo import PPOSettings
 from benchmarks.agents.reactive import TARGET
-from benchmarks.results import plain
+from benchmarks.members import code_digest
+from benchmarks.provenance import version_of
+from benchmarks.results import plain, run_id
 from benchmarks.settings import value_of
 from memory_models.models import config_fields
 from memory_models.registry import nearest
 
 NONE = "none"
+LIBRARIES = ("torch", "x-transformers", "gymnasium", "popgym")
 
 # The same transformer for all; a member that has no such option goes without. One layer: what attention
 # learns within a segment then serves the memory too, whose write has no gradient in some members.
@@ -117,8 +119,19 @@ class AgentSettings:
 
     @property
     def id(self) -> str:
-        """Ten hex digits that change with any setting."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:10]
+        """Twelve hex digits that change with all that changes the numbers: settings, code, libraries.
+
+        Raises:
+            LookupError, TypeError: as `member_options`.
+        """
+        return run_id(
+            {
+                "settings": dataclasses.asdict(self),
+                "member_options": self.member_options(),
+                "code": code_digest(self.target, "benchmarks.agents.training"),
+                "libraries": {name: version_of(name) for name in LIBRARIES},
+            }
+        )
 
     def to_json(self) -> str:
         """All settings as one line of JSON, in order of name."""

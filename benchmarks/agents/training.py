@@ -116,6 +116,7 @@ class Training:
             OSError: if the disk refuses.
         """
         content = {
+            "id": self.settings.id,
             "settings": self.settings.to_json(),
             "update": self.update,
             "seconds": self.seconds,
@@ -133,7 +134,7 @@ class Training:
         """Go on from what `save` wrote, with new episodes; whether there was anything.
 
         Raises:
-            CheckpointError: if the file is damaged or of other settings.
+            CheckpointError: if the file is damaged or of other settings, code or libraries.
         """
         path = folder / CHECKPOINT_FILE
         try:
@@ -142,8 +143,7 @@ class Training:
             return False
         except Exception as error:
             raise CheckpointError(f"{path} is damaged ({error}); remove it to start afresh") from error
-        if content["settings"] != self.settings.to_json():
-            raise CheckpointError(f"{path} is of a run with other settings; give another --out")
+        _check_same(path, content.get("id"), json.loads(content["settings"]), self.settings)
         self.agent.load_state_dict(content["agent"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.actor.generator.set_state(content["generator"])
@@ -164,6 +164,8 @@ def run(
 ) -> dict[str, Any] | None:
     """Train to the end and write `result.json`; a run that ended before is not done again.
 
+    One that says nothing of its code, as older ones do, is taken as it is if the settings are the same.
+
     Args:
         settings: of the run.
         folder: of its files: settings.json, curve.jsonl, checkpoint.pt, result.json.
@@ -173,9 +175,13 @@ def run(
 
     Returns:
         The result, or None if it was stopped before the end.
+
+    Raises:
+        CheckpointError: if what is in the folder is damaged or of other settings, code or libraries.
     """
     before = read_json(folder / RESULT_FILE)
     if before is not None:
+        _check_same(folder / RESULT_FILE, before.get("id"), before["settings"], settings)
         return before
     training = Training(settings)
     write_json(folder / SETTINGS_FILE, json.loads(settings.to_json()))
@@ -194,6 +200,7 @@ def run(
             say(f"{title}: {_words(training, line)}")
     training.save(folder)
     result = {
+        "id": settings.id,
         "settings": json.loads(settings.to_json()),
         "member_options": settings.member_options(),
         "weights": sum(parameter.numel() for parameter in training.agent.parameters()),
@@ -208,6 +215,15 @@ def run(
     (folder / CHECKPOINT_FILE).unlink()
     say(f"{title}: {_words(training, training.curve[-1])}")
     return result
+
+
+def _check_same(path: Path, identity: str | None, saved: dict[str, Any], settings: AgentSettings) -> None:
+    if saved != json.loads(settings.to_json()):
+        raise CheckpointError(f"{path} is of a run with other settings; give another --out")
+    if identity not in (None, settings.id):
+        raise CheckpointError(
+            f"{path} is of a run with the same settings but other code or libraries; give another --out"
+        )
 
 
 def _words(training: Training, line: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import tyro
 from torch import Tensor
 
 import memory_models
+from benchmarks import provenance
 from benchmarks.agents import (
     Actor,
     Agent,
@@ -33,9 +34,11 @@ from benchmarks.agents import (
     random_return,
     run,
 )
+from benchmarks.agents import settings as settings_module
 from benchmarks.agents.command import Command, main, make_table
 from benchmarks.agents.reactive import TARGET
 from benchmarks.agents.settings import OPTIONS
+from benchmarks.results import write_json
 from memory_models.checkpoints import CheckpointError
 from tests.benchmarks.agents_environments import Cue, side_by_side
 
@@ -230,6 +233,49 @@ def test_a_run_that_was_stopped_goes_on_with_its_weights(tmp_path: Path) -> None
     assert result is not None
     assert result["steps"] == 192
     assert len((tmp_path / "curve.jsonl").read_text().splitlines()) == 3
+
+
+def test_what_changes_the_numbers_changes_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ids() -> list[str]:
+        return [small(memory=memory, memory_options={}).id for memory in ("gru", "none")]
+
+    before = ids()
+    assert ids() == before
+    assert small(memory="gru", memory_options={}, seed=1).id != before[0]
+    with monkeypatch.context() as patch:
+        # What a member gets unless it is told otherwise.
+        patch.setitem(OPTIONS, "gru", {"hidden": 16})
+        assert [mine == other for mine, other in zip(ids(), before, strict=True)] == [False, True]
+    digest = provenance._digest_of
+    for changed in ("benchmarks.agents.ppo", "memory_models"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                provenance,
+                "_digest_of",
+                lambda module, alone=False, changed=changed: (
+                    b"new" if module == changed else digest(module, alone=alone)
+                ),
+            )
+            assert not set(ids()) & set(before)
+    with monkeypatch.context() as patch:
+        patch.setattr(settings_module, "version_of", lambda name: "9.9")
+        assert not set(ids()) & set(before)
+
+
+def test_results_of_other_code_are_refused_and_old_ones_can_be_read(
+    finished: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    _, result, _ = finished
+    settings = small(memory="gru", rows=16, steps=2048)
+    assert result["id"] == settings.id
+    write_json(tmp_path / "result.json", result | {"id": "0123456789ab"})
+    with pytest.raises(CheckpointError, match="other code or libraries"):
+        run(settings, tmp_path)
+    with pytest.raises(CheckpointError, match="other settings"):
+        run(small(memory="gru"), tmp_path)
+    old = {name: value for name, value in result.items() if name != "id"}
+    write_json(tmp_path / "result.json", old)
+    assert run(settings, tmp_path) == json.loads(json.dumps(old))
 
 
 def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
