@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.labels import rows_of
 from benchmarks.results import FINISHED, Record, Results, read_json
 
 SEEDS_FOR_INTERVAL = 3
@@ -238,10 +239,8 @@ def load(folder: str | Path, *, interval: str = T_INTERVAL) -> Comparison:
         hidden |= {record["id"] for record in every if record.get("settings", {}).get("trained")}
         shown = [record for record in every if record["id"] not in hidden]
         task = shown[-1]["task"] if shown else ""
-        kinds = {
-            (r["model"], r["seed"]): r for r in latest.values() if r["task"] == task and r["id"] not in hidden
-        }
-        chosen, command = list(kinds.values()), ""
+        chosen = rows_of(r for r in latest.values() if r["task"] == task and r["id"] not in hidden)
+        command = ""
     if not chosen:
         raise NothingToReportError(
             f"{results.folder} holds no run that has ended; start one with memory-bench compare or run"

@@ -119,6 +119,7 @@ def heading(spec: RunSpec) -> Record:
     return {
         "id": spec.id,
         "model": spec.model,
+        "label": spec.label,
         "task": spec.task,
         "seed": spec.seed,
         "tags": tags_of(spec.model),

@@ -51,6 +51,16 @@ def test_tasks_come_in_the_order_asked_for_and_families_first(published: Path) -
     assert set(overview.models) == {"htm", "memxl", "gru-like", "window"}
 
 
+def test_variants_of_a_model_are_rows_of_their_own(published: Path) -> None:
+    words = {"label": "htm topk=1", "id": "htm topk=1-0"}
+    results = Results(published / "text")
+    results.append(record("htm", 0, {"bits": 3.5}, task="text", task_facts=BITS, **words))
+    overview = found(published)
+    assert set(overview.models) == {"htm", "htm topk=1", "memxl", "gru-like", "window"}
+    figures = [overview.figure(model, overview.tasks[0]) for model in ("htm", "htm topk=1")]
+    assert [figure.mean for figure in figures if figure is not None] == [2.0, 3.5]
+
+
 def test_nothing_published_gives_nothing(tmp_path: Path) -> None:
     assert gather(tmp_path, ("recall", "text")) is None
     write_overview(tmp_path, tmp_path / "RESULTS.md")

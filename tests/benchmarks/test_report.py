@@ -218,6 +218,32 @@ def test_without_a_comparison_the_last_run_of_each_kind_counts(folder: Path) -> 
     assert cells(folder)["window"]["mean accuracy"] == "0.400"
 
 
+def test_without_a_comparison_each_variant_of_a_model_has_a_row(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    for seed in (0, 1):
+        results.append(record("memformer", seed, scores(0.2), label="memformer"))
+        replayed = {"id": f"replayed-{seed}", "label": "memformer gradient=replay"}
+        results.append(record("memformer", seed, scores(0.8), **replayed))
+    shown = cells(tmp_path)
+    assert shown["memformer"]["mean accuracy"] == "0.200"
+    assert shown["memformer gradient=replay"]["mean accuracy"] == "0.800"
+
+
+def test_runs_of_one_label_are_told_apart_by_their_options(tmp_path: Path) -> None:
+    # As old records are, without a label; the second kind was made by a library with one setting more.
+    results = Results(tmp_path)
+    train = {"steps": 10, "batch_size": 2, "threads": 1}
+    for slots, value in ((None, 0.2), (8, 0.4), (16, 0.6)):
+        options = {"dim": 4} if slots is None else {"dim": 4, "slots": slots}
+        new = {"unroll": 1} if slots == 8 else {}
+        settings = {"train": {**train, **new}, "model_options": options}
+        for seed in (0, 1):
+            results.append(record("memformer", seed, scores(value), id=f"{slots}-{seed}", settings=settings))
+    shown = cells(tmp_path)
+    rows = {name: line["mean accuracy"] for name, line in shown.items() if name.startswith("memformer")}
+    assert rows == {"memformer": "0.200", "memformer slots=8": "0.400", "memformer slots=16": "0.600"}
+
+
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(NothingToReportError, match="memory-bench compare"):
         load(tmp_path)

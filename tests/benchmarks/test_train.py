@@ -87,6 +87,12 @@ def test_the_command_of_usual_settings_names_none_of_them() -> None:
     assert "--set" not in command_of(spec)
 
 
+def test_a_run_says_what_it_was_called(tmp_path: Path) -> None:
+    record = run(plan(f"{TINY} dim=4 steps=2", "recall", 0, smoke=True), Results(tmp_path))
+    assert record is not None
+    assert (record["model"], record["label"]) == (TINY, f"{TINY} dim=4 steps=2")
+
+
 @pytest.mark.parametrize("task", ["recall", STREAM])
 def test_a_run_is_a_function_of_its_spec(tmp_path: Path, task: str) -> None:
     one, two = (run(tiny_plan(task=task), Results(tmp_path / name)) for name in "ab")
