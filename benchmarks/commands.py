@@ -54,9 +54,9 @@ def list_command(command: List, words: Sequence[str]) -> int:
 def run_command(command: Run, words: Sequence[str]) -> int:
     """One run in this process."""
     from benchmarks.progress import display_for
-    from benchmarks.results import FINISHED, Results
+    from benchmarks.results import FINISHED, Results, RunBusyError
     from benchmarks.train import run
-    from benchmarks.worker import stop_on_signal
+    from benchmarks.worker import stop_on_signal, wait_until_free
 
     [spec] = _plan(command, [command.model], [command.seed])
     results = Results(command.folder())
@@ -76,13 +76,19 @@ def run_command(command: Run, words: Sequence[str]) -> int:
 
         try:
             with stop_on_signal() as stopped:
-                record = run(
-                    spec,
-                    results,
-                    stopped=stopped,
-                    progress=show,
-                    checkpoint_seconds=command.checkpoint_seconds,
-                )
+                record = None
+                while record is None and not stopped():
+                    try:
+                        record = run(
+                            spec,
+                            results,
+                            stopped=stopped,
+                            progress=show,
+                            checkpoint_seconds=command.checkpoint_seconds,
+                        )
+                    except RunBusyError:
+                        display.job_waiting(title)
+                        wait_until_free(results, spec.id, stopped)
             if record is not None:
                 display.job_ended(title, record)
         finally:

@@ -18,7 +18,14 @@ from benchmarks.progress import Display
 from benchmarks.results import FAILED, FINISHED, Record, Results, read_json, write_json
 from benchmarks.settings import RunSpec, relative_cost
 from benchmarks.train import CannotWriteError, heading
-from benchmarks.worker import EXIT_CANNOT_WRITE, EXIT_FINISHED, EXIT_RECORDED_FAILURE, EXIT_STOPPED, PROGRESS
+from benchmarks.worker import (
+    EXIT_BUSY,
+    EXIT_CANNOT_WRITE,
+    EXIT_FINISHED,
+    EXIT_RECORDED_FAILURE,
+    EXIT_STOPPED,
+    PROGRESS,
+)
 
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 20.0
@@ -116,6 +123,8 @@ def compare(
 ) -> list[Record]:
     """Do all runs that are not finished, the longest first.
 
+    A run that another process is at work on is waited for after the others, as long as that process lives.
+
     Args:
         specs: what to run; a run whose id has a finished line is skipped.
         results: where to keep it.
@@ -143,6 +152,7 @@ def compare(
     display.start(total=len(distinct), done=len(done))
     estimate = _Estimate([before[spec.id] for spec in done])
     running: list[Job] = []
+    busy: set[str] = set()
     with _sigterm_as_interrupt():
         try:
             while waiting or running:
@@ -150,7 +160,8 @@ def compare(
                     job = _start(waiting.pop(0), results, checkpoint_seconds, launch)
                     job.name = names.get(job.spec.id, "")
                     running.append(job)
-                    display.job_started(job.title)
+                    if job.spec.id not in busy:
+                        display.job_started(job.title)
                 time.sleep(POLL_SECONDS)
                 for job in list(running):
                     job.progress = read_json(_folder(results, job) / PROGRESS) or job.progress
@@ -158,6 +169,12 @@ def compare(
                         display.job_progress(job.title, job.progress)
                         continue
                     running.remove(job)
+                    if job.process.returncode == EXIT_BUSY:
+                        job.log.close()
+                        busy.add(job.spec.id)
+                        waiting.append(job.spec)
+                        display.job_waiting(job.title)
+                        continue
                     record = _finish(job, results)
                     estimate.learn(record)
                     display.job_ended(job.title, record)

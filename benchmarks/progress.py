@@ -9,6 +9,7 @@ from typing import IO, Any, Protocol
 from benchmarks.results import FINISHED, Record
 
 LINE_SECONDS = 30.0
+WAITING = "another process is at work on it; waiting"
 
 
 class Display(Protocol):
@@ -22,6 +23,9 @@ class Display(Protocol):
 
     def job_progress(self, title: str, progress: dict[str, Any]) -> None:
         """A run goes on; `progress` as in `benchmarks.train.Progress`, empty at first."""
+
+    def job_waiting(self, title: str) -> None:
+        """A run that began is done by another process, which is waited for; told again and again."""
 
     def job_ended(self, title: str, record: Record) -> None:
         """A run ended, well or not."""
@@ -48,6 +52,7 @@ class LineDisplay:
         self._ended = self._total = 0
         self._last = time.monotonic()
         self._jobs: dict[str, dict[str, Any]] = {}
+        self._waiting: set[str] = set()
 
     def start(self, *, total: int, done: int) -> None:
         self._total, self._ended = total, done
@@ -60,6 +65,11 @@ class LineDisplay:
 
     def job_progress(self, title: str, progress: dict[str, Any]) -> None:
         self._jobs[title] = progress
+
+    def job_waiting(self, title: str) -> None:
+        if title not in self._waiting:
+            self._waiting.add(title)
+            self._say(f"{title}: {WAITING}")
 
     def job_ended(self, title: str, record: Record) -> None:
         self._jobs.pop(title, None)
@@ -118,6 +128,9 @@ class BarDisplay:
         self._bars.update(
             self._jobs[title], total=progress["steps"], completed=progress["step"], figures=figures
         )
+
+    def job_waiting(self, title: str) -> None:
+        self._bars.update(self._jobs[title], figures=WAITING)
 
     def job_ended(self, title: str, record: Record) -> None:
         self._bars.remove_task(self._jobs.pop(title))

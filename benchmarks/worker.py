@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ EXIT_FINISHED = 0
 EXIT_RECORDED_FAILURE = 20
 EXIT_STOPPED = 21
 EXIT_CANNOT_WRITE = 22
+EXIT_BUSY = 23
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return caught() or os.getppid() != int(parent)
 
         try:
-            _wait_until_free(results, identity, stopped)
+            wait_until_free(results, identity, stopped, seconds=BUSY_SECONDS)
             record = run(
                 spec,
                 results,
@@ -56,17 +58,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 progress=Reporter(results.run_folder(identity) / PROGRESS),
                 checkpoint_seconds=float(seconds),
             )
-        except (CannotWriteError, RunBusyError) as error:
+        except CannotWriteError as error:
             print(error, file=sys.stderr)
             return EXIT_CANNOT_WRITE
+        except RunBusyError:
+            return EXIT_BUSY
     if record is None:
         return EXIT_STOPPED
     return EXIT_FINISHED if record["status"] == FINISHED else EXIT_RECORDED_FAILURE
 
 
-def _wait_until_free(results: Results, identity: str, stopped: Callable[[], bool]) -> None:
+def wait_until_free(
+    results: Results, identity: str, stopped: Callable[[], bool], *, seconds: float = math.inf
+) -> None:
+    """Wait until no other process holds the run, or until `stopped` says true.
+
+    Raises:
+        RunBusyError: if that takes longer than `seconds`.
+    """
     # A comparison that was killed leaves workers that need a moment to notice and to save themselves.
-    deadline = time.monotonic() + BUSY_SECONDS
+    deadline = time.monotonic() + seconds
     while not stopped():
         try:
             with results.claim(identity):

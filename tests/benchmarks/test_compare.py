@@ -6,20 +6,22 @@ import io
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from benchmarks import compare as module
-from benchmarks.compare import Job, compare, write_comparison
-from benchmarks.progress import BarDisplay, LineDisplay, duration, outcome
+from benchmarks.compare import Job, Process, compare, write_comparison
+from benchmarks.progress import WAITING, BarDisplay, LineDisplay, duration, outcome
 from benchmarks.results import DIVERGED, FAILED, FINISHED, Results, read_json
 from benchmarks.settings import RunSpec, plan
 from benchmarks.summary import load
 from benchmarks.train import CannotWriteError, heading
-from benchmarks.worker import EXIT_CANNOT_WRITE, Reporter
+from benchmarks.worker import EXIT_BUSY, EXIT_CANNOT_WRITE, Reporter
 from tests.benchmarks.tiny import STREAM, TINY, comparison
 
 # More than any test waits for.
@@ -175,6 +177,60 @@ def test_workers_end_when_the_comparison_is_killed(tmp_path: Path) -> None:
     _wait_for(lambda: (results.run_folder(spec.id) / "checkpoint.pt").exists())
     _wait_for(lambda: _is_free(results, spec.id))
     assert not results.is_finished(spec.id)
+
+
+def impatient(arguments: Sequence[str], environment: Mapping[str, str], log: IO[bytes]) -> Process:
+    """A worker that waits for another process no longer than a moment."""
+    folder, identity, seconds = arguments
+    script = "import sys; from benchmarks import worker; worker.BUSY_SECONDS = 0.2; sys.exit(worker.main())"
+    command = [sys.executable, "-c", script, folder, identity, str(os.getpid()), seconds]
+    return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
+
+
+# In place of another comparison's worker: it ends its run as soon as there is a line of another one.
+HOLDER = """
+import sys, time
+from benchmarks.results import FINISHED, Results
+folder, busy, other = sys.argv[1:]
+results = Results(folder)
+with results.claim(busy):
+    print("held", flush=True)
+    while not results.is_finished(other):
+        time.sleep(0.05)
+    seconds = {"training": 1.0, "evaluation": 0.0}
+    results.append({"id": busy, "model": "", "status": FINISHED, "seconds": seconds, "by": "holder"})
+"""
+
+
+def test_a_run_of_another_process_is_waited_for_and_not_done_again(tmp_path: Path) -> None:
+    busy, other = tiny_plan("steps=40"), tiny_plan("steps=4")
+    words = [sys.executable, "-c", HOLDER, str(tmp_path), busy.id, other.id]
+    holder = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    stream = io.StringIO()
+    specs, results = [busy, other], Results(tmp_path)
+    records = compare(specs, results, jobs=1, display=LineDisplay(stream), launch=impatient)
+    assert [record["status"] for record in records] == [FINISHED] * 2
+    assert records[0]["by"] == "holder"
+    assert [record["id"] for record in results.records()] == [other.id, busy.id]
+    assert stream.getvalue().count(WAITING) == 1
+    assert holder.wait(30) == 0
+
+
+def test_a_busy_run_gives_way_to_the_others(tmp_path: Path, scripted: type[Scripted]) -> None:
+    specs = [tiny_plan(f"steps={steps}") for steps in (50, 5)]
+    codes = iter([EXIT_BUSY, 0, EXIT_BUSY, 0])
+    begin = scripted.__init__
+
+    def in_turn(self: Scripted, command: list[str], **options: Any) -> None:
+        self.code = next(codes)
+        begin(self, command, **options)
+
+    scripted.__init__ = in_turn  # type: ignore[method-assign]
+    records = compare(specs, Results(tmp_path), jobs=1, display=quiet())
+    assert scripted.started == [specs[0].id, specs[1].id, specs[0].id, specs[0].id]
+    assert [record["status"] for record in records] == [FINISHED] * 2
 
 
 def _is_free(results: Results, identity: str) -> bool:

@@ -191,6 +191,14 @@ def test_two_processes_do_not_work_on_one_run(tmp_path: Path) -> None:
         run(spec, results)
 
 
+def test_a_finished_run_is_not_trained_again_by_who_waited_for_it(tmp_path: Path) -> None:
+    spec, results = tiny_plan(), Results(tmp_path)
+    record = run(spec, results)
+    lines = results.lines.read_bytes()
+    assert run(spec, results, stopped=lambda: pytest.fail("trained again")) == plain(record)
+    assert results.lines.read_bytes() == lines
+
+
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
     record = run(tiny_plan("steps=60", "learning_rate=0.02", "batch_size=16", task=STREAM), Results(tmp_path))
     assert record is not None
