@@ -22,7 +22,7 @@ from benchmarks.training import state as states
 from benchmarks.training.data import Piece, Stream, Text
 from benchmarks.training.processes import Processes
 from benchmarks.training.reading import PRECISIONS, Window, replay
-from benchmarks.training.settings import TrainConfig
+from benchmarks.training.settings import OPTIMISATION, TrainConfig
 from memory_models.generate import generate, sampler
 from memory_models.hub import save_pretrained
 from memory_models.lm import MemoryLM
@@ -62,6 +62,8 @@ class Training:
             "batch_size": config.batch_size,
             "segments": config.segments,
             "seed": config.seed,
+            **{name: getattr(config, name) for name in OPTIMISATION},
+            "precision": _precision(config.precision),
         }
         self.step = 0
         self.tokens = 0
@@ -76,10 +78,10 @@ class Training:
                 f"{config.model!r} keeps what it wrote in a store outside the memory, which belongs to one "
                 "process; train it in one, or with the store in the memory"
             )
-        before = states.read_checkpoint(self.checkpoint, self.identity)
+        before = states.read_checkpoint(self.checkpoint, self.identity, may_change=config.may_change)
         if before is not None:
             model.load_state_dict(before["model"])
-        dtype = PRECISIONS[_precision(config.precision)]
+        dtype = PRECISIONS[self.identity["precision"]]
         self._fresh = model.init_memory(1).detach()
         self._window = Window(model, dtype=dtype)
         self._scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == torch.float16)

@@ -11,6 +11,19 @@ from benchmarks.members import known_options
 from benchmarks.settings import TrainSettings, value_of
 from memory_models.registry import nearest
 
+# How each step is made: a checkpoint is gone on from with the same, unless `may_change` says otherwise.
+OPTIMISATION = (
+    "steps",
+    "learning_rate",
+    "warmup",
+    "decay",
+    "final",
+    "weight_decay",
+    "betas",
+    "clip",
+    "gradient",
+    "precision",
+)
 MODEL_DEFAULTS = {"dim": 256, "depth": 4, "heads": 4, "segment_length": 256}
 
 
@@ -80,6 +93,8 @@ class TrainConfig:
     """What the sample continues; empty: the beginning of a held-out document."""
     checkpoint_seconds: float = 300.0
     """Most seconds of work that an interruption may cost."""
+    may_change: tuple[str, ...] = ()
+    """Settings in which the checkpoint to go on from may differ, such as steps or learning_rate."""
     keep_memory: bool = False
     """Save the rows' memories beside the trained model."""
     tensorboard: bool = False
@@ -96,6 +111,11 @@ class TrainConfig:
             raise ValueError(f"held_out_tokens ({self.held_out_tokens}) must be at least 2")
         if self.end_token and self.tokenizer == "bytes":
             raise ValueError(f"end_token ({self.end_token!r}) needs a tokenizer; bytes have none")
+        for name in self.may_change:
+            if name not in OPTIMISATION:
+                raise ValueError(
+                    f"may_change ({name!r}) is none of its settings. {nearest(name, OPTIMISATION)}"
+                )
         self.optimisation()
 
     def optimisation(self) -> TrainSettings:

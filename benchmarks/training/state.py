@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from benchmarks.training.processes import Processes
+from benchmarks.training.settings import OPTIMISATION
 from memory_models.checkpoints import CheckpointError
 from memory_models.files import replace_file
 from memory_models.state import Memory
@@ -42,12 +43,15 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     replace_file(path, fill)
 
 
-def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_checkpoint(
+    path: Path, identity: Mapping[str, Any], *, may_change: Sequence[str] = ()
+) -> dict[str, Any] | None:
     """What `write_checkpoint` wrote, or None if there is none.
 
     Args:
         path: the file.
         identity: of the training that is to go on from it.
+        may_change: names in the identity that may differ.
 
     Raises:
         CheckpointError: if it is damaged, of another version, or of another training.
@@ -67,23 +71,28 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] |
             f"{path} has format version {state['format_version']}, this library reads {FORMAT_VERSION}; "
             "go on with the library it was written with"
         )
-    differences = _differences(state["identity"], identity)
-    if differences:
+    # Older checkpoints do not say how they were optimised.
+    told = {name: value for name, value in identity.items() if name in state["identity"]}
+    differences = _differences(state["identity"], told)
+    wrong = {name: words for name, words in differences.items() if name not in may_change}
+    if wrong:
+        able = " ".join(name for name in wrong if name in OPTIMISATION)
+        change = f", or --may-change {able} to change that" if able else ""
         raise CheckpointError(
-            f"{path} belongs to another training: {'; '.join(differences)}. Give the same options and data "
-            "to go on, or another --out to start afresh"
+            f"{path} belongs to another training: {'; '.join(wrong.values())}. Give the same options and "
+            f"data to go on{change}, or another --out to start afresh"
         )
     return state
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
-    found = []
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
     for name in dict.fromkeys([*before, *now]):
         old, new = before.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{path}{name}.")
+            found |= _differences(old, new, f"{path}{name}.")
         elif old != new:
-            found.append(f"{path}{name} was {old!r}, now {new!r}")
+            found[f"{path}{name}"] = f"{path}{name} was {old!r}, now {new!r}"
     return found
 
 

@@ -27,7 +27,7 @@ from benchmarks.endings import DivergedError
 from benchmarks.training import state as states
 from benchmarks.training.command import prepare, train
 from benchmarks.training.loop import Training
-from benchmarks.training.settings import TrainConfig
+from benchmarks.training.settings import OPTIMISATION, TrainConfig
 from memory_models import CheckpointError, MemoryLM, from_pretrained, unroll
 from tests.benchmarks.training import MODEL, tiny, words_of, write_corpus, write_tokenizer
 
@@ -160,6 +160,7 @@ def test_a_full_disk_loses_nothing(
     refused: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(tmp_path, checkpoint_seconds=0)
+    config = replace(config, may_change=("steps",))
     assert main(["train", *words_of(replace(config, steps=3))]) == 0
     files = [config.out / "checkpoint.pt", config.out / "model" / "model.safetensors"]
     before = [path.read_bytes() for path in files]
@@ -325,6 +326,19 @@ def test_a_loss_that_is_not_finite_ends_with_a_message_and_the_checkpoint_before
         ({"batch_size": 8}, "batch_size was 4, now 8"),
         ({"seed": 1}, "seed was 0, now 1"),
         ({"segments": 3}, "segments was 2, now 3"),
+        (
+            {"steps": 7},
+            "steps was 6, now 7. Give the same options and data to go on, or --may-change steps to change",
+        ),
+        ({"learning_rate": 1e-2}, "learning_rate was 0.001, now 0.01"),
+        ({"warmup": 1, "decay": 0.5}, "warmup was 2, now 1; decay was 1.0, now 0.5"),
+        ({"final": 0.5}, "final was 0.1, now 0.5"),
+        ({"weight_decay": 0.3}, "weight_decay was 0.01, now 0.3"),
+        ({"betas": (0.9, 0.9)}, "betas was (0.9, 0.98), now (0.9, 0.9)"),
+        ({"clip": 2.0}, "clip was 1.0, now 2.0"),
+        ({"gradient": "replay"}, "gradient was 'bptt', now 'replay'"),
+        ({"precision": "bf16"}, "precision was 'fp32', now 'bf16'"),
+        ({"seed": 1, "may_change": ("steps",)}, "seed was 0, now 1"),
         ({"tokenizer": "t.json"}, "vocab_size was 256, now 300"),
         ({"data": "other"}, "data was '"),
     ],
@@ -345,11 +359,35 @@ def test_a_checkpoint_of_another_training_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_more_steps_and_other_rates_go_on(tmp_path: Path) -> None:
+def test_what_changes_no_step_goes_on(tmp_path: Path) -> None:
     training = prepare(tiny(tmp_path))
     training.advance()
     training.save()
-    longer = prepare(tiny(tmp_path, steps=100, learning_rate=1e-2, weight_decay=0.3, accumulate=2))
+    rest = {"evaluate_every": 1, "evaluation_rows": 1, "sample_tokens": 3, "checkpoint_seconds": 1.0}
+    assert prepare(tiny(tmp_path, accumulate=2, precision="fp32", threads=2, **rest)).step == 1
+
+
+def test_a_checkpoint_that_does_not_say_how_it_was_optimised_goes_on(tmp_path: Path) -> None:
+    training = prepare(tiny(tmp_path))
+    training.save()
+    content = torch.load(training.checkpoint, weights_only=True)
+    for name in OPTIMISATION:
+        del content["identity"][name]
+    torch.save(content, training.checkpoint)
+    assert prepare(tiny(tmp_path, learning_rate=1e-2)).step == 0
+
+
+def test_what_may_change_must_be_known(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Did you mean 'steps'"):
+        tiny(tmp_path, may_change=("stesp",))
+
+
+def test_more_steps_and_other_rates_go_on_if_they_may(tmp_path: Path) -> None:
+    training = prepare(tiny(tmp_path))
+    training.advance()
+    training.save()
+    changes = {"steps": 100, "learning_rate": 1e-2, "weight_decay": 0.3}
+    longer = prepare(tiny(tmp_path, **changes, may_change=tuple(changes), accumulate=2))
     assert longer.step == 1
     assert longer.optimizer.param_groups[0]["weight_decay"] == 0.3
     longer.advance()

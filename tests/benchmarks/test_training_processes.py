@@ -296,7 +296,8 @@ def test_accelerate_launch_gives_the_losses_of_one_process(
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
         assert theirs.get("tokens") == mine.get("tokens")
     # One process goes on where two were, with the memory of each row.
-    ends = [prepare(replace(config, steps=7, device="cpu")).advance() for config in (one, two)]
+    longer = {"steps": 7, "may_change": ("steps",), "device": "cpu"}
+    ends = [prepare(replace(config, **longer)).advance() for config in (one, two)]  # type: ignore[arg-type]
     assert ends[1] == pytest.approx(ends[0], rel=1e-4)
 
 
