@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from memory_models.checks import check_tensor
+
 
 def check_floating(
     name: str, tensor: Tensor, axes: tuple[str, ...], expected: tuple[int | None, ...]
@@ -10,8 +12,10 @@ def check_floating(
     """A tensor of floating point with axes of the `expected` lengths, None for any length.
 
     Raises:
+        TypeError: if it is no tensor.
         ValueError: naming the tensor, what it is and what it must be.
     """
+    check_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {tensor.dtype}; embed or convert it first")
     check_shape(name, tensor, axes, expected)
@@ -21,8 +25,10 @@ def check_mask(name: str, mask: Tensor, axes: tuple[str, ...], expected: tuple[i
     """A bool mask with axes of the `expected` lengths.
 
     Raises:
+        TypeError: if it is no tensor.
         ValueError: naming the tensor, what it is and what it must be.
     """
+    check_tensor(name, mask)
     if mask.dtype != torch.bool:
         raise ValueError(
             f"{name} must be bool, true where reading is allowed, got {mask.dtype}; use {name}.bool()"

@@ -22,7 +22,7 @@ from htm import attend as inner
 from htm.checks import check_floating, check_mask, check_shape
 from htm.choose import all_of, best_chunks, chunk_weights, readable_places
 from htm.chunks import positions_like, summarize, with_previous
-from memory_models.checks import check_sizes
+from memory_models.checks import check_sizes, check_tensor
 from memory_models.transformer import MATCHING_SCALE
 
 __all__ = ["HTMAttention", "HTMBlock"]
@@ -201,12 +201,14 @@ class HTMAttention(nn.Module):
         chunks = contents.shape[1]
         check_floating("summaries", summaries, ("batch", "chunks", "dim"), (batch, chunks, dim))
         if lengths is not None:
+            check_tensor("lengths", lengths)
             if lengths.is_floating_point() or lengths.dtype == torch.bool:
                 raise ValueError(f"lengths must be integers, got {lengths.dtype}; count the tokens per chunk")
             check_shape("lengths", lengths, ("batch", "chunks"), (batch, chunks))
         if mask is not None:
             check_mask("mask", mask, ("batch", "chunks", "mem_chunk_size"), (batch, chunks, size))
         if chunk_mask is not None:
+            check_tensor("chunk_mask", chunk_mask)
             rows = 1 if chunk_mask.ndim == 3 and chunk_mask.shape[1] == 1 else queries.shape[1]
             check_mask("chunk_mask", chunk_mask, ("batch", "queries", "chunks"), (batch, rows, chunks))
         if lengths is not None and lengths.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from memformer.transformer import KeysValues, Layer, RelativePositions, check_context, packed
+from memory_models.checks import check_flags
 from memory_models.generate import filter_logits
 from memory_models.lm import IGNORED_LABEL, cross_entropy
-from memory_models.module import check_flags
 
 Filter = Callable[[Tensor, float], Tensor]
 
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
                 f"tgt must be [batch, time] with a start token and at least one to predict, got "
                 f"{tuple(tgt.shape)}"
             )
-        check_flags("tgt_mask", mask, tuple(tgt.shape))
+        check_flags("tgt_mask", mask, tuple(tgt.shape), tgt.device)
         mask = tgt != IGNORED_LABEL if mask is None else mask & (tgt != IGNORED_LABEL)
         # The last token is asked for but not read.
         ids = packed("tgt", tgt, mask, num_tokens=self.num_tokens, longest=self.max_seq_len + 1)
@@ -197,7 +197,7 @@ class Decoder(nn.Module):
 
     def _right_aligned(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # Prompts end in the same column; only distances matter, so that padding before them has no effect.
-        check_flags("input_mask", mask, tuple(tokens.shape))
+        check_flags("input_mask", mask, tuple(tokens.shape), tokens.device)
         if tokens.dim() != 2 or tokens.shape[1] == 0 or (mask is not None and not bool(mask.any(1).all())):
             raise ValueError(
                 f"start_tokens must be [batch, time] with at least one token a row, got {tuple(tokens.shape)}"
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
 
     def _project(self, context: Tensor, context_mask: Tensor | None, tokens: Tensor) -> list[KeysValues]:
         check_context("context", context, tokens, self.dim)
-        check_flags("context_mask", context_mask, tuple(context.shape[:2]))
+        check_flags("context_mask", context_mask, tuple(context.shape[:2]), context.device)
         if context_mask is not None:
             # where, not multiply: padding may hold NaN, which a weight of zero does not undo.
             context = torch.where(context_mask[..., None], context, 0)

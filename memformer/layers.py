@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from memory_models.checks import check_heads, check_sizes
-from memory_models.module import check_flags
+from memory_models.checks import check_flags, check_heads, check_sizes
 from memory_models.stats import collecting, effective_number, record
 
 
@@ -287,7 +286,7 @@ def _prepare(
     _check_rows(own.shape[1], slots, hiddens)
     if slots.shape[1] != own.shape[0]:
         raise ValueError(f"there are {slots.shape[1]} slots, not {own.shape[0]}")
-    check_flags("mask", mask, (hiddens.shape[0], hiddens.shape[1]))
+    check_flags("mask", mask, (hiddens.shape[0], hiddens.shape[1]), hiddens.device)
     if mask is None or (_is_known(mask) and bool(mask.all())):
         return hiddens, None
     # where, not multiply: padding may hold NaN, and a weight of zero does not undo it.

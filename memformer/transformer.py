@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from memformer.attend import attend
-from memory_models.module import check_flags
+from memory_models.checks import check_flags, check_tensor
 
 
 def bucket_bounds(*, bidirectional: bool, buckets: int = 32, max_distance: int = 128) -> Tensor:
@@ -239,6 +239,7 @@ def packed(name: str, tokens: Tensor, mask: Tensor | None, *, num_tokens: int, l
         TypeError: if ids are not integers or `mask` is not boolean.
         ValueError: if shapes disagree, there are too many tokens or an id is outside the vocabulary.
     """
+    check_tensor(name, tokens)
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 ids, got {tokens.dtype}")
     if tokens.dim() != 2 or tokens.shape[1] == 0:
@@ -248,7 +249,7 @@ def packed(name: str, tokens: Tensor, mask: Tensor | None, *, num_tokens: int, l
             f"{name} has {tokens.shape[1]} tokens, more than the {longest} that max_seq_len allows; split it "
             "into segments, as memory_replay_backprop does, or build the model for longer ones"
         )
-    check_flags(f"{name}_mask", mask, tuple(tokens.shape))
+    check_flags(f"{name}_mask", mask, tuple(tokens.shape), tokens.device)
     order = None
     if mask is not None:
         order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memory_models.advance import advance, pieces
+from memory_models.checks import check_tensor
 from memory_models.lm import MemoryLM
 from memory_models.state import Memory
 
@@ -122,18 +123,22 @@ def generate(
         memory and the token as the next prompt.
 
     Raises:
+        TypeError: if `prompt` or `lengths` is no tensor.
         ValueError: if a prompt is empty, `lengths` do not fit it or `max_new_tokens` is negative.
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must not be negative")
+    check_tensor("prompt", prompt)
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt must be [batch, time] with at least one token, got {tuple(prompt.shape)}")
     if lengths is not None:
-        _check_lengths(lengths, *prompt.shape)
+        _check_lengths(lengths, prompt)
     return _steps(model, prompt, max_new_tokens, memory, lengths, sample, _ids(stop, prompt.device))
 
 
-def _check_lengths(lengths: Tensor, batch: int, time: int) -> None:
+def _check_lengths(lengths: Tensor, prompt: Tensor) -> None:
+    batch, time = prompt.shape
+    check_tensor("lengths", lengths, prompt.device)
     fits = lengths.shape == (batch,) and not lengths.is_floating_point() and lengths.dtype != torch.bool
     if not fits or bool(((lengths < 1) | (lengths > time)).any()):
         raise ValueError(

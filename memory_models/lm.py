@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memory_models.checks import check_flags, check_ids, check_tensor
 from memory_models.module import MemoryModule
 from memory_models.pretrained import Pretrained
 from memory_models.state import Memory
@@ -109,17 +110,20 @@ class MemoryLM(Pretrained, nn.Module):
             stats: whether to gather the members' diagnostics.
 
         Raises:
-            TypeError: if tokens or labels are not integers, or as `MemoryModule.forward`.
+            TypeError: if tokens or labels are no integer tensors, or as `MemoryModule.forward`.
             ValueError: if an id lies outside the vocabulary, or as `MemoryModule.forward`.
         """
-        if mask is not None and mask.shape == tokens.shape and mask.dtype == torch.bool:
+        check_tensor("tokens", tokens)
+        check_flags("mask", mask, tuple(tokens.shape), tokens.device)
+        if mask is not None:
             # Padding may carry any id, -100 too; it must not reach the embedding.
             tokens = torch.where(mask, tokens, 0)
-        self._check_ids("tokens", tokens)
+        check_ids("tokens", tokens, self.vocab_size)
         if labels is not None:
+            check_tensor("labels", labels, tokens.device)
             if labels.shape != tokens.shape:
                 raise ValueError(f"labels are {tuple(labels.shape)}, tokens are {tuple(tokens.shape)}")
-            self._check_ids("labels", torch.where(labels == IGNORED_LABEL, 0, labels))
+            check_ids("labels", torch.where(labels == IGNORED_LABEL, 0, labels), self.vocab_size)
         x = self.embedding(tokens) * self.embedding_scale
         gathered: dict[str, Tensor] = {}
         if stats:
@@ -130,20 +134,6 @@ class MemoryLM(Pretrained, nn.Module):
         logits = self.head(y)
         loss = None if labels is None else cross_entropy(logits, labels)
         return LMOutput(logits, memory, loss, gathered)
-
-    def _check_ids(self, name: str, ids: Tensor) -> None:
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name} must be int64, got {ids.dtype}")
-        if ids.dim() != 2:
-            raise ValueError(f"{name} must be [batch, time], got {tuple(ids.shape)}")
-        # Reading values back from an accelerator would wait for it at every step.
-        if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
-            return
-        bad = (ids < 0) | (ids >= self.vocab_size)
-        if bool(bad.any()):
-            raise ValueError(
-                f"{name} hold {int(ids[bad][0])}, outside the vocabulary (0 to {self.vocab_size - 1})"
-            )
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from memory_models.checks import check_flags, check_reset, check_tensor
 from memory_models.pretrained import Pretrained
 from memory_models.state import Memory
 
@@ -84,8 +86,8 @@ class MemoryModule(Pretrained, nn.Module, Generic[M]):
             not changed.
 
         Raises:
-            TypeError: if a dtype is wrong or the memory is another module's.
-            ValueError: if shapes disagree or the segment gets longer than `segment_length`.
+            TypeError: if an argument is no tensor, a dtype is wrong or the memory is another module's.
+            ValueError: if shapes or devices disagree or the segment gets longer than `segment_length`.
         """
         batch, time = self._check_input(x, mask, reset, close)
         if memory is None:
@@ -110,6 +112,7 @@ class MemoryModule(Pretrained, nn.Module, Generic[M]):
             TypeError: if `rows` is not boolean.
             ValueError: if it has another shape.
         """
+        check_tensor("rows", rows)
         check_flags("rows", rows, (memory.batch_size,))
         if _has_no_values(rows):
             return self.init_memory(memory.batch_size).where(rows, memory)
@@ -164,6 +167,7 @@ class MemoryModule(Pretrained, nn.Module, Generic[M]):
         self, x: Tensor, mask: Tensor | None, reset: Tensor | None, close: bool | Tensor
     ) -> tuple[int, int]:
         name = type(self).__name__
+        check_tensor("x", x)
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"{name} takes x [batch, time, {self.dim}], got {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -185,13 +189,12 @@ class MemoryModule(Pretrained, nn.Module, Generic[M]):
                 f"the input has {time} tokens, more than segment_length ({self.segment_length}); cut it "
                 "with memory_models.unroll(module, x) or build the module with a longer segment"
             )
-        check_flags("mask", mask, (batch, time))
-        if reset is not None and reset.dim() == 1:
-            check_flags("reset", reset, (batch,))
-        else:
-            check_flags("reset", reset, (batch, time))
+        check_flags("mask", mask, (batch, time), x.device)
+        check_reset(reset, batch, time, x.device)
         if isinstance(close, Tensor):
-            check_flags("close", close, (batch,))
+            check_flags("close", close, (batch,), x.device)
+        elif not isinstance(close, bool | np.bool_):
+            raise TypeError(f"close must be a bool or a bool tensor [{batch}], got {type(close).__name__}")
         return batch, time
 
     def _check_memory(self, memory: Any, x: Tensor) -> None:
@@ -266,13 +269,3 @@ def _may_be_true(flags: Tensor) -> bool:
 
 def _has_no_values(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or tensor.device.type == "meta"
-
-
-def check_flags(name: str, flags: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Refuse a mask or a reset that is not boolean (`TypeError`) or of another shape (`ValueError`)."""
-    if flags is None:
-        return
-    if flags.dtype != torch.bool:
-        raise TypeError(f"{name} must be a bool tensor, got {flags.dtype}")
-    if tuple(flags.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(flags.shape)}, expected {shape}")

@@ -9,7 +9,7 @@ from typing import Any, Self
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from memory_models.module import check_flags
+from memory_models.checks import check_flags, check_reset, check_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +34,22 @@ class Segment:
         Labels are cut alike by `labels.split(length, dim=1)`.
 
         Raises:
-            TypeError: if `mask` or `reset` is not boolean.
-            ValueError: if shapes disagree or `length` is less than 1.
+            TypeError: if `x` is no tensor, or `mask` or `reset` not boolean.
+            ValueError: if shapes or devices disagree or `length` is less than 1.
         """
+        check_tensor("x", x)
         if x.dim() < 2:
             raise ValueError(f"cut takes x [batch, time, ...], got {tuple(x.shape)}")
         if length < 1:
             raise ValueError(f"length ({length}) must be at least 1")
-        once = reset is not None and reset.dim() == 1
-        check_flags("mask", mask, tuple(x.shape[:2]))
-        check_flags("reset", reset, tuple(x.shape[: 1 if once else 2]))
+        batch, time = x.shape[:2]
+        check_flags("mask", mask, (batch, time), x.device)
+        check_reset(reset, batch, time, x.device)
         pieces = x.split(length, dim=1)
         masks = [None] * len(pieces) if mask is None else mask.split(length, dim=1)
         resets: Sequence[Tensor | None] = [None] * len(pieces)
         if reset is not None:
-            resets = [reset, *resets[1:]] if once else reset.split(length, dim=1)
+            resets = [reset, *resets[1:]] if reset.dim() == 1 else reset.split(length, dim=1)
         return [cls(x=piece, mask=masks[index], reset=resets[index]) for index, piece in enumerate(pieces)]
 
     def flags(self) -> dict[str, Any]:

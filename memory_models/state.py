@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from memory_models.checks import check_tensor
+
 _STATIC = "memory_models_static"
 _ADDRESS = "memory_models_address"
 
@@ -75,6 +77,8 @@ class Memory:
             ValueError: if `other` has another number of rows, or the structures differ.
         """
         _check_rows(rows)
+        if not isinstance(other, Memory):
+            raise TypeError(f"other must be a memory, got {type(other).__name__}")
         if other.batch_size != len(rows):
             raise ValueError(f"{len(rows)} rows cannot be taken from a memory of {other.batch_size}")
         check_same_structure(self.map(_no_rows), other.map(_no_rows))
@@ -92,6 +96,7 @@ class Memory:
             TypeError: if `keep` is not boolean.
             ValueError: if the shapes or the structures differ.
         """
+        check_tensor("keep", keep)
         if keep.dtype != torch.bool:
             raise TypeError(f"keep must be a bool tensor, got {keep.dtype}")
         if keep.shape != (self.batch_size,):
@@ -100,7 +105,7 @@ class Memory:
 
         # where, not multiply: a NaN in a row that is left out must not survive.
         def pick(mine: Tensor, theirs: Tensor) -> Tensor:
-            return torch.where(keep.view(-1, *[1] * (mine.dim() - 1)), mine, theirs)
+            return torch.where(keep.to(mine.device).view(-1, *[1] * (mine.dim() - 1)), mine, theirs)
 
         return pytree.tree_map(pick, self, other)
 
@@ -178,6 +183,7 @@ def memory_state(cls: type[T]) -> type[T]:
 
 
 def _check_rows(rows: Tensor) -> None:
+    check_tensor("rows", rows)
     if rows.dtype not in (torch.int64, torch.int32) or rows.dim() != 1:
         raise TypeError(
             f"rows must be a one-dimensional int64 tensor of row indices, got {rows.dtype} with shape "
@@ -215,10 +221,14 @@ def cat(memories: Sequence[Memory]) -> Any:
     """Join memories along the batch.
 
     Raises:
+        TypeError: if one of them is no memory.
         ValueError: if there is none, or if anything but the number of rows differs.
     """
     if not memories:
         raise ValueError("cat needs at least one memory")
+    for memory in memories:
+        if not isinstance(memory, Memory):
+            raise TypeError(f"cat takes memories, got a {type(memory).__name__}")
     first = memories[0]
     empty = torch.zeros(0, dtype=torch.int64)
     for memory in memories[1:]:

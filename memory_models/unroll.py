@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memory_models.checks import check_flags, check_reset, check_tensor
 from memory_models.lm import MemoryLM
-from memory_models.module import MemoryModule, check_flags
+from memory_models.module import MemoryModule
 from memory_models.state import Memory
 
 
@@ -44,6 +45,7 @@ def unroll(
         ValueError: if `segment` or `detach_every` is out of range, if shapes disagree, or if the rows of an
             open segment differ in length, so that no one cut completes them all.
     """
+    check_tensor("x", x)
     if x.dim() < 2:
         raise ValueError(f"unroll takes x [batch, time, ...], got {tuple(x.shape)}")
     length = model.segment_length if segment is None else segment
@@ -52,8 +54,9 @@ def unroll(
     if detach_every is not None and detach_every < 1:
         raise ValueError(f"detach_every ({detach_every}) must be at least 1, or None for full gradients")
     # Here, because slices of a mask that is too long would fit.
-    check_flags("mask", mask, tuple(x.shape[:2]))
-    check_flags("reset", reset, tuple(x.shape[: 1 if reset is not None and reset.dim() == 1 else 2]))
+    batch, time = x.shape[:2]
+    check_flags("mask", mask, (batch, time), x.device)
+    check_reset(reset, batch, time, x.device)
     if reset is not None and reset.dim() == 1:
         start = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         if x.shape[1]:

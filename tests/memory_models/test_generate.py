@@ -433,3 +433,23 @@ def test_a_generator_makes_draws_repeatable() -> None:
     logits = torch.randn(50, 9)
     one, two = (sampler(generator=torch.Generator().manual_seed(5)) for _ in range(2))
     assert [one(logits).tolist() for _ in range(3)] == [two(logits).tolist() for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths", "error", "message"),
+    [
+        ([[1, 2]], None, TypeError, "prompt must be a tensor, got list"),
+        (torch.ones(1, 2, dtype=torch.int64), [2], TypeError, "lengths must be a tensor, got list"),
+        (
+            torch.ones(1, 2, dtype=torch.int64),
+            torch.ones(1, dtype=torch.int64, device="meta"),
+            ValueError,
+            "lengths is on meta, the input on cpu",
+        ),
+    ],
+)
+def test_prompts_and_lengths_are_tensors_in_one_place(
+    ids: Any, lengths: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        generate(small_lm("window"), ids, max_new_tokens=1, lengths=lengths)

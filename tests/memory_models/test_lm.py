@@ -102,6 +102,7 @@ def test_embedding_std_and_scale(std: float, scale: float | None, factor: float)
         (torch.tensor([[0.0, 1.0]]), TypeError, "tokens must be int64, got torch.float32"),
         (torch.tensor([[True]]), TypeError, "tokens must be int64, got torch.bool"),
         (torch.zeros(1, TIME + 1, dtype=torch.int64), ValueError, "more than segment_length"),
+        ([[0, 1]], TypeError, "tokens must be a tensor, got list"),
     ],
 )
 def test_wrong_tokens_are_refused(ids: Tensor, error: type[Exception], message: str) -> None:
@@ -122,6 +123,7 @@ def test_wrong_tokens_are_refused(ids: Tensor, error: type[Exception], message: 
         (torch.tensor([[0, 1, 2, -1]]), ValueError, "labels hold -1, outside"),
         (torch.tensor([[0, 1, 2]]), ValueError, r"labels are \(1, 3\), tokens are \(1, 4\)"),
         (torch.zeros(1, 4), TypeError, "labels must be int64, got torch.float32"),
+        ([[0, 1, 2, 3]], TypeError, "labels must be a tensor, got list"),
     ],
 )
 def test_wrong_labels_are_refused(labels: Tensor, error: type[Exception], message: str) -> None:

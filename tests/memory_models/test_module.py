@@ -65,6 +65,38 @@ MISTAKES: dict[str, Case] = {
         ValueError,
         r"is on meta, x on cpu; use memory\.to\('cpu'\)",
     ),
+    "x is a list": (lambda m, x, s: m(x.tolist(), s), TypeError, "x must be a tensor, got list"),
+    "x is none": (lambda m, x, s: m(None, s), TypeError, "x must be a tensor, got NoneType"),
+    "mask is an array": (
+        lambda m, x, s: m(x, s, mask=ones(3, 4).numpy()),
+        TypeError,
+        r"mask must be a bool tensor \[3, 4\], got ndarray",
+    ),
+    "mask device": (
+        lambda m, x, s: m(x, s, mask=ones(3, 4).to("meta")),
+        ValueError,
+        r"mask is on meta, the input on cpu; use mask\.to\('cpu'\)",
+    ),
+    "reset is a bool": (
+        lambda m, x, s: m(x, s, reset=True),
+        TypeError,
+        r"reset must be a bool tensor \[3, 4\], got bool",
+    ),
+    "reset device": (
+        lambda m, x, s: m(x, s, reset=ones(3).to("meta")),
+        ValueError,
+        "reset is on meta, the input on cpu",
+    ),
+    "close is a list": (
+        lambda m, x, s: m(x, s, close=[True, False, True]),
+        TypeError,
+        r"close must be a bool or a bool tensor \[3\], got list",
+    ),
+    "close device": (
+        lambda m, x, s: m(x, s, close=ones(3).to("meta")),
+        ValueError,
+        "close is on meta, the input on cpu",
+    ),
     "mask shape": (
         lambda m, x, s: m(x, s, mask=ones(3, 5)),
         ValueError,

@@ -208,6 +208,7 @@ def test_where_lets_gradients_through_for_the_row_it_picked_only() -> None:
 @pytest.mark.parametrize(
     ("keep", "error", "message"),
     [
+        ([True] * ROWS, TypeError, "keep must be a tensor, got list"),
         (torch.ones(ROWS), TypeError, "keep must be a bool tensor, got torch.float32"),
         (torch.ones(ROWS + 1, dtype=torch.bool), ValueError, r"keep has shape \(5,\), the memory has 4 rows"),
         (torch.ones(ROWS, 1, dtype=torch.bool), ValueError, r"keep has shape \(4, 1\)"),
@@ -339,3 +340,12 @@ def test_export_takes_a_memory() -> None:
     program = torch.export.export(Count(), (stack(),))
     seen = program.module()(stack(seed=1))
     assert_same(seen, Count()(stack(seed=1)))
+
+
+def test_what_is_no_tensor_and_no_memory_is_named() -> None:
+    with pytest.raises(TypeError, match="rows must be a tensor, got list"):
+        stack().select([0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="other must be a memory, got Tensor"):
+        stack().replace(torch.arange(2), torch.zeros(2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cat takes memories, got a Tensor"):
+        cat([torch.zeros(2)])  # type: ignore[list-item]

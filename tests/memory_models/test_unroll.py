@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import memory_models
-from memory_models import MemoryLM, MemoryModule, unroll
+from memory_models import MemoryLM, MemoryModule, Segment, unroll
 from tests.members import MEMBERS, small, small_lm
 from tests.memory_models.toys import Average, Mean, MeanConfig
 
@@ -205,6 +205,29 @@ def test_wrong_options_are_refused_before_any_segment_is_read(
 def test_input_without_a_time_axis_is_refused() -> None:
     with pytest.raises(ValueError, match=re.escape("x [batch, time, ...], got (12,)")):
         unroll(MemoryLM(Mean(), vocab_size=3), torch.zeros(12, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"x": [[1.0]]}, TypeError, "x must be a tensor, got list"),
+        ({"mask": [True]}, TypeError, r"mask must be a bool tensor \[2, 9\], got list"),
+        ({"reset": True}, TypeError, r"reset must be a bool tensor \[2, 9\], got bool"),
+        (
+            {"mask": torch.ones(2, 9, dtype=torch.bool, device="meta")},
+            ValueError,
+            "mask is on meta, the input on cpu",
+        ),
+    ],
+)
+def test_what_is_no_tensor_or_elsewhere_is_named(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    given = {"x": torch.randn(2, 9, 4)} | options
+    with pytest.raises(error, match=message):
+        unroll(Mean(), **given)
+    with pytest.raises(error, match=message):
+        Segment.cut(length=5, **given)
 
 
 def test_open_rows_of_different_length_are_refused() -> None:
