@@ -106,7 +106,8 @@ class MemoryLM(Pretrained, nn.Module):
             reset: bool `[batch]` or `[batch, time]`, true where a new document begins.
             close: whether the segment ends with this call.
             labels: int64 `[batch, time]`, the right answer at each place (no shift is applied), -100
-                where nothing is asked. Without any label asked the loss is zero.
+                where nothing is asked; nothing is asked at padding, whatever stands there. Without any label
+                asked the loss is zero.
             stats: whether to gather the members' diagnostics.
 
         Raises:
@@ -123,6 +124,9 @@ class MemoryLM(Pretrained, nn.Module):
             check_tensor("labels", labels, tokens.device)
             if labels.shape != tokens.shape:
                 raise ValueError(f"labels are {tuple(labels.shape)}, tokens are {tuple(tokens.shape)}")
+            if mask is not None:
+                # The logits of padding say nothing.
+                labels = torch.where(mask, labels, IGNORED_LABEL)
             check_ids("labels", torch.where(labels == IGNORED_LABEL, 0, labels), self.vocab_size)
         x = self.embedding(tokens) * self.embedding_scale
         gathered: dict[str, Tensor] = {}

@@ -116,7 +116,8 @@ class MemoryModelForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: where to go on; replaced in place. None starts afresh.
             inputs_embeds: `[batch, time, dim]` in place of `input_ids`, before `embedding_scale`.
             labels: int64 `[batch, time]`, the input itself as a rule: the shift by one is applied here. -100
-                where nothing is asked; so is the first token of a call that goes on with a memory.
+                where nothing is asked; so is the first token of a call that goes on with a memory. Nothing is
+                asked at padding, nor of it.
             use_cache: whether to return the memory; None: as the config says.
             logits_to_keep: how many of the last logits to compute, 0 for all, or at which indices.
             num_items_in_batch: divides the summed loss in place of the number of labels, when gradients of
@@ -148,7 +149,7 @@ class MemoryModelForCausalLM(PreTrainedModel, GenerationMixin):
         hidden, memory = advance(self.lm.module, x * self.lm.embedding_scale, memory, mask)
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm.head(hidden[:, kept])
-        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        loss = None if labels is None else self._loss(logits, labels, mask, num_items_in_batch)
         cache.memory, cache.seen = memory, cache.seen + time
         use_cache = self.config.use_cache if use_cache is None else use_cache
         out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
@@ -181,10 +182,15 @@ class MemoryModelForCausalLM(PreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.lm.head = new_embeddings  # type: ignore[assignment]
 
-    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def _loss(
+        self, logits: Tensor, labels: Tensor, mask: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
         if logits.shape[:2] != labels.shape:
             raise ValueError(f"labels are {tuple(labels.shape)}, logits {tuple(logits.shape)}: keep all")
         asked = labels[:, 1:]
+        if mask is not None:
+            # Padding predicts nothing, and is no answer.
+            asked = torch.where(mask[:, 1:] & mask[:, :-1], asked, IGNORED_LABEL)
         loss = cross_entropy(logits[:, :-1], asked)
         if num_items_in_batch is None:
             return loss

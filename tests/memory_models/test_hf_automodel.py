@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memformer.config import MemformerConfig
@@ -118,6 +119,18 @@ def test_the_loss_is_that_of_the_next_token() -> None:
     assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
     embeds = model.get_input_embeddings()(ids)
     assert torch.equal(model(inputs_embeds=embeds, labels=ids).loss, out.loss)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_neither_asked_nor_an_answer(side: str) -> None:
+    model = model_of().eval()
+    ids = torch.randint(VOCAB, (1, 9))
+    wanted = model(ids, labels=ids).loss
+    padding = (3, 0) if side == "left" else (0, 3)
+    padded = F.pad(ids, padding, value=1)
+    mask = F.pad(torch.ones_like(ids), padding)
+    # Labels as a tokenizer gives them, with its padding id and not -100.
+    torch.testing.assert_close(model(padded, attention_mask=mask, labels=padded).loss, wanted)
 
 
 def test_it_learns() -> None:

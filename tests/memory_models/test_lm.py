@@ -67,6 +67,17 @@ def test_no_label_asked_costs_zero_not_nan() -> None:
     assert not any(g.isnan().any() for g in gradients)
 
 
+def test_nothing_is_asked_at_padding() -> None:
+    model, ids, labels = lm().double(), tokens(), tokens()
+    mask = torch.tensor([[True, True, False, False], [False, True, True, True]])
+    short = model(ids[:1, :2], labels=labels[:1, :2]).loss, model(ids[1:, 1:], labels=labels[1:, 1:]).loss
+    wanted = (2 * short[0] + 3 * short[1]) / 5
+    # Whatever stands there, -100 and ids that do not exist included.
+    for filler in (0, 5, -100, VOCAB):
+        out = model(ids, mask=mask, labels=torch.where(mask, labels, filler))
+        torch.testing.assert_close(out.loss, wanted, atol=1e-12, rtol=0)
+
+
 def test_logits_are_the_embedding_through_the_module_and_the_head() -> None:
     model, ids = lm(tie_embeddings=False).double(), tokens()
     scale = math.sqrt(6)  # the embedding has standard deviation dim ** -0.5
