@@ -31,7 +31,9 @@ class Segment:
     ) -> list[Self]:
         """Cut a long input `[batch, time, ...]` into segments of `length` tokens, the last one ragged.
 
-        Labels are cut alike by `labels.split(length, dim=1)`.
+        Labels are cut alike by `labels.split(length, dim=1)`. The cut is the same for all rows: padding
+        behind a row's tokens changes nothing, padding before or between them moves its segments' ends
+        (`unroll` counts each row's own tokens).
 
         Raises:
             TypeError: if `x` is no tensor, or `mask` or `reset` not boolean.

@@ -26,16 +26,19 @@ def unroll(
 ) -> tuple[Tensor, Any]:
     """Cut a long input into segments and carry the memory through them.
 
+    Each row is cut after so many of its own tokens, wherever its padding stands, so that it gives what it
+    would give alone.
+
     Args:
         model: a memory module (`x` is `[batch, time, dim]`) or a language model (`[batch, time]` ids).
         x: input of any length.
         memory: where to go on; if its segment is still open, the first piece completes it.
-        mask: bool `[batch, time]`, false at padding.
+        mask: bool `[batch, time]`, false at padding, anywhere in a row.
         reset: bool `[batch]` (at the first token) or `[batch, time]`.
         segment: tokens of a segment; None: the model's `segment_length`.
         detach_every: cut the gradient after every so many segments (truncated back-propagation
             through time); None: never.
-        close: whether the last segment ends with the last token, if it is shorter than the others.
+        close: whether a row's last segment ends with its last token, if it is shorter than the others.
 
     Returns:
         The outputs `[batch, time, dim]` or logits `[batch, time, vocab_size]`, and the last memory.
@@ -62,6 +65,9 @@ def unroll(
         if x.shape[1]:
             start[:, 0] = reset
         reset = start
+    back = None
+    if mask is not None:
+        x, mask, reset, back = _packed(x, mask, reset)
     module = model.module if isinstance(model, MemoryLM) else model
     outputs, begin, ended = [], 0, 0
     # An open segment may be longer than `segment`; then it ends before the first token.
@@ -69,7 +75,10 @@ def unroll(
     while True:
         end = min(begin + room, x.shape[1])
         last = end == x.shape[1]
-        ends = close if last and end - begin < room else True
+        ends: bool | Tensor = close if last and end - begin < room else True
+        if ends and mask is not None and not close:
+            # A row whose tokens are used up keeps its segment open.
+            ends = mask[:, begin:end].sum(1) >= room
         out = model(
             x[:, begin:end],
             memory,
@@ -79,14 +88,31 @@ def unroll(
         )
         outputs.append(out[0])
         # Between segments is when an outside store is written.
-        memory = module.commit(out[1]) if ends else out[1]
+        memory = out[1] if ends is False else module.commit(out[1])
         if last:
             break
         ended += 1
         if detach_every is not None and ended % detach_every == 0:
             memory = memory.detach()
         begin, room = end, length
-    return torch.cat(outputs, 1), memory
+    y = torch.cat(outputs, 1)
+    return y if back is None else y[_rows(y), back], memory
+
+
+def _packed(x: Tensor, mask: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Input, mask and reset with each row's padding behind its tokens, and where each place has gone."""
+    rows, order = _rows(x), torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
+    packed = mask[rows, order]
+    if reset is not None:
+        # A document that begins at padding begins at the next token; after the last one, right behind it.
+        begun = reset.long().cumsum(1)
+        begun = torch.where(packed, begun[rows, order], begun[:, -1:])
+        reset = begun.diff(dim=1, prepend=begun.new_zeros(len(begun), 1)) > 0
+    return x[rows, order], packed, reset, torch.argsort(order, dim=1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[0], device=x.device)[:, None]
 
 
 def _open(memory: Memory | None) -> int:

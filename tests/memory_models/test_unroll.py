@@ -143,14 +143,51 @@ def test_masks_and_resets_are_cut_with_the_input() -> None:
     y, memory = unroll(model, x, mask=mask, reset=reset)
     for row, start in ((0, 6), (1, 4)):
         # What follows the reset: the rest of the segment in which it lies, then the segments after it.
+        real = x[row : row + 1, start:][:, mask[row, start:]]
         state, outputs = model.init_memory(1), []
-        for begin, end in ((start, 8), (8, 10)):
-            kept = torch.arange(begin, end)[mask[row, begin:end]]
-            out, state = model(x[row : row + 1, kept], state)
+        rest = 4 - int(mask[row, :start].sum()) % 4
+        for piece in (real[:, :rest], *real[:, rest:].split(4, 1)):
+            out, state = model(piece, state)
             outputs.append(out)
         seen = y[row : row + 1, start:][:, mask[row, start:]]
         torch.testing.assert_close(seen, torch.cat(outputs, 1), atol=1e-12, rtol=0)
         torch.testing.assert_close(memory.total[row : row + 1], state.total, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("close", [True, False])
+@pytest.mark.parametrize("opened", [0, 2])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_padding_anywhere_changes_nothing(name: str, opened: int, close: bool) -> None:
+    model, time = small(name).double().eval(), 3 * LENGTH + 1
+    x = torch.randn(5, time, 16, dtype=torch.float64)
+    mask = torch.ones(5, time, dtype=torch.bool)
+    mask[0, :4] = False  # in front
+    mask[1, -8:] = False  # behind, more than a segment
+    mask[2, [0, 3, 4, 11]] = False  # between
+    mask[3] = False
+    reset = torch.zeros_like(mask)
+    reset[0, 2] = reset[1, -3] = reset[2, 4] = reset[2, 9] = True
+    with torch.no_grad():
+        _, memory = model(torch.randn(5, opened, 16, dtype=torch.float64), close=False)
+        y, after = unroll(
+            model, torch.where(mask[..., None], x, torch.nan), memory, mask=mask, reset=reset, close=close
+        )
+        assert not y[~mask].any()
+        for row in range(5):
+            own, only = mask[row], torch.tensor([row])
+            begins = reset[row]
+            if row in (0, 2):
+                # Alone, the document that begins at padding begins at the next token.
+                begins = begins.clone()
+                begins[4 if row == 0 else 5] = True
+            wanted, kept = unroll(
+                model, x[only][:, own], memory.select(only), reset=begins[own][None], close=close
+            )
+            if row == 1:
+                # The last document has no token.
+                kept = model.init_memory(1)
+            torch.testing.assert_close(y[only][:, own], wanted, atol=1e-10, rtol=1e-10)
+            assert_close(after.select(only), kept)
 
 
 def test_a_language_model_gives_logits() -> None:
