@@ -114,7 +114,7 @@ def load_memory(path: str | os.PathLike[str], like: M) -> M:
     Args:
         path: the file.
         like: a memory of the model that will use it, such as `model.init_memory(1)`: it gives the
-            structure, the dtypes and the device; the number of rows comes from the file.
+            structure, the floating dtypes and the device; the number of rows comes from the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -134,7 +134,8 @@ def load_memory(path: str | os.PathLike[str], like: M) -> M:
     _check_tensors(path, leaves, tensors, rows_may_differ=True)
     _, structure = pytree.tree_flatten(like)
     # Copies, as of a model's weights.
-    return pytree.tree_unflatten([tensors[name].clone() for name in leaves], structure)
+    copies = [tensors[name].to(leaf.dtype, copy=True) for name, leaf in leaves.items()]
+    return pytree.tree_unflatten(copies, structure)
 
 
 def library_version() -> str:
@@ -248,7 +249,8 @@ def _check_tensors(
             raise CheckpointError(
                 f"{path} does not fit: {name} is {list(found[name].shape)}, expected {list(tensor.shape)}"
             )
-        if rows_may_differ and found[name].dtype != tensor.dtype:
+        both_floating = found[name].is_floating_point() and tensor.is_floating_point()
+        if rows_may_differ and found[name].dtype != tensor.dtype and not both_floating:
             raise CheckpointError(
                 f"{path} does not fit: {name} is {found[name].dtype}, expected {tensor.dtype}"
             )

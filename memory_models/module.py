@@ -224,7 +224,7 @@ class MemoryModule(Pretrained, nn.Module, Generic[M]):
             if leaves[path].dtype != leaf.dtype:
                 raise TypeError(
                     f"the memory's {path} is {leaves[path].dtype}, this module keeps it in {leaf.dtype}; "
-                    f"use memory.to(dtype={leaf.dtype})"
+                    "use memory.to(module.init_memory(1))"
                 )
             if leaves[path].device != x.device:
                 raise ValueError(

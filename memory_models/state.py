@@ -6,6 +6,7 @@ DDP, FSDP2, `torch.compile` and `torch.export` see its tensors. Every tensor lea
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar, dataclass_transform
@@ -46,13 +47,64 @@ class Memory:
         """Cut the gradient at this point of the stream (truncated back-propagation)."""
         return self.map(Tensor.detach)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move all leaves to `device`; cast floating leaves (never counters or masks) to `dtype`."""
+    def to(
+        self,
+        device: torch.device | str | int | torch.dtype | Memory | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """As `Tensor.to`: `to(device)`, `to(dtype)`, `to(device, dtype)` or `to(other)`.
+
+        After a module was moved or converted, `memory.to(module.init_memory(1))` is a memory that it takes:
+        some members keep some leaves in float32 whatever their weights are in.
+
+        Args:
+            device: where to; or the dtype; or a memory of the same kind, whose leaves' devices and dtypes are
+                taken one by one.
+            dtype: of floating leaves; counters and masks keep theirs.
+
+        Raises:
+            TypeError: if the dtype is not a floating one, or `other` another module's memory.
+            ValueError: if `other` comes from a module with other options.
+        """
+        if isinstance(device, Memory) and dtype is None:
+            return self._like(device)
+        if isinstance(device, torch.dtype) and dtype is None:
+            device, dtype = None, device
+        if device is not None and not isinstance(device, torch.device | str | int):
+            raise TypeError(f"a memory goes to a device, a dtype or a memory, got {device!r} and {dtype!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating one, got {dtype!r}: counters and masks keep theirs")
 
         def move(leaf: Tensor) -> Tensor:
             return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
 
         return self.map(move)
+
+    def _like(self, other: Memory) -> Self:
+        theirs = other.tensors()
+        _check_same_leaves(self, other)
+        leaves = [leaf.to(theirs[path].device, theirs[path].dtype) for path, leaf in self.tensors().items()]
+        moved = pytree.tree_unflatten(leaves, pytree.tree_structure(self))
+        check_same_structure(moved.map(_no_rows), other.map(_no_rows))
+        return moved
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy that shares nothing.
+
+        Raises:
+            RuntimeError: if a leaf is part of a graph, which cannot be copied.
+        """
+        for path, leaf in self.tensors().items():
+            if not leaf.is_leaf:
+                raise RuntimeError(
+                    f"the memory's {path} has a gradient to earlier segments, which deepcopy cannot copy; "
+                    "copy memory.detach(), or use memory.map(torch.clone) to stay in the graph"
+                )
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        for name, value in vars(self).items():
+            object.__setattr__(made, name, copy.deepcopy(value, memo))
+        return made
 
     def select(self, rows: Tensor) -> Self:
         """The rows at int64 indices `rows` `[n]`, repeats allowed: beam search, forks, subsets.
@@ -202,12 +254,8 @@ def check_same_structure(one: Memory, other: Memory) -> None:
         TypeError: if `other` is not a memory of the same class.
         ValueError: if static fields, paths, shapes or dtypes differ; the message names the first.
     """
-    if type(one) is not type(other):
-        raise TypeError(f"expected a {type(one).__name__}, got {type(other).__name__}")
+    _check_same_leaves(one, other)
     mine, theirs = one.tensors(), other.tensors()
-    if mine.keys() != theirs.keys():
-        odd = sorted(mine.keys() ^ theirs.keys())
-        raise ValueError(f"the memories hold different tensors: {', '.join(odd)}")
     for name, leaf in mine.items():
         if leaf.shape != theirs[name].shape or leaf.dtype != theirs[name].dtype:
             raise ValueError(
@@ -215,6 +263,14 @@ def check_same_structure(one: Memory, other: Memory) -> None:
             )
     if pytree.tree_structure(one) != pytree.tree_structure(other):
         raise ValueError(f"the {type(one).__name__}s differ in their static fields")
+
+
+def _check_same_leaves(one: Memory, other: Memory) -> None:
+    if type(one) is not type(other):
+        raise TypeError(f"expected a {type(one).__name__}, got {type(other).__name__}")
+    odd = sorted(one.tensors().keys() ^ other.tensors().keys())
+    if odd:
+        raise ValueError(f"the memories hold different tensors: {', '.join(odd)}")
 
 
 def cat(memories: Sequence[Memory]) -> Any:

@@ -58,7 +58,7 @@ MISTAKES: dict[str, Case] = {
     "memory dtype": (
         lambda m, x, s: m(x, s.to(dtype=torch.float64)),
         TypeError,
-        r"is torch\.float64, this module keeps it in torch\.float32; use memory\.to\(dtype=torch\.float32\)",
+        r"is torch\.float64, this module keeps it in torch\.float32; use memory\.to\(module",
     ),
     "memory device": (
         lambda m, x, s: m(x, s.to("meta")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -349,3 +350,42 @@ def test_what_is_no_tensor_and_no_memory_is_named() -> None:
         stack().replace(torch.arange(2), torch.zeros(2))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="cat takes memories, got a Tensor"):
         cat([torch.zeros(2)])  # type: ignore[list-item]
+
+
+def test_a_memory_goes_where_a_tensor_goes() -> None:
+    memory = stack()
+    for moved in (
+        memory.to(torch.bfloat16),
+        memory.to(dtype=torch.bfloat16),
+        memory.to("cpu", torch.bfloat16),
+        memory.to(memory.to(torch.bfloat16).select(torch.arange(1))),
+    ):
+        assert torch.equal(moved.layers[0].keys, memory.layers[0].keys.to(torch.bfloat16))
+        assert torch.equal(moved.layers[0].count, memory.layers[0].count)
+        assert moved.flag.dtype == torch.bool
+    assert memory.to("meta").flag.device.type == memory.to(memory.to("meta")).flag.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ((torch.int64,), TypeError, "dtype must be a floating one, got torch.int64"),
+        ((None, torch.bool), TypeError, "dtype must be a floating one, got torch.bool"),
+        ((None, "float32"), TypeError, "dtype must be a floating one, got 'float32'"),
+        ((torch.zeros(2),), TypeError, "a memory goes to a device, a dtype or a memory"),
+        ((torch.float32, torch.float64), TypeError, "a memory goes to a device, a dtype or a memory"),
+        ((stack().layers[0],), TypeError, "expected a Stack, got Layer"),
+        ((stack(width=5),), ValueError, r"layers\.0\.keys is"),
+    ],
+)
+def test_a_memory_does_not_go_elsewhere(given: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        stack().to(*given)
+
+
+def test_a_deepcopy_of_a_memory_in_a_graph_says_what_to_do() -> None:
+    memory = stack().map(lambda leaf: leaf * torch.ones(1, requires_grad=True))
+    with pytest.raises(RuntimeError, match=r"layers\.0\.keys has a gradient .* copy memory\.detach\(\)"):
+        copy.deepcopy({"memory": memory})
+    assert_same(copy.deepcopy(memory.detach()), memory)
+    assert memory.map(torch.clone).layers[0].keys.requires_grad
