@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from memformer.transformer import KeysValues, Layer, RelativePositions, check_context, packed
 from memory_models.checks import check_flags
-from memory_models.generate import filter_logits
+from memory_models.generate import check_temperature, filter_logits, scale_logits
 from memory_models.lm import IGNORED_LABEL, cross_entropy
 
 Filter = Callable[[Tensor, float], Tensor]
@@ -162,10 +162,11 @@ class Decoder(nn.Module):
             ValueError: if shapes disagree, a prompt is empty, an id is outside the vocabulary, or an option
                 is out of range.
         """
-        if seq_len < 0 or temperature < 0 or not 0 <= filter_thres <= 1:
+        check_temperature(temperature)
+        if seq_len < 0 or not 0 <= filter_thres <= 1:
             raise ValueError(
-                f"seq_len ({seq_len}) and temperature ({temperature}) must not be negative, filter_thres "
-                f"({filter_thres}) must lie between 0 and 1"
+                f"seq_len ({seq_len}) must not be negative, filter_thres ({filter_thres}) must lie between 0 "
+                "and 1"
             )
         one_row = start_tokens.dim() == 1
         if one_row:
@@ -248,6 +249,5 @@ class Decoder(nn.Module):
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
-    # In half precision a sum over a large vocabulary is too coarse to draw from.
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    return torch.multinomial((logits / temperature).softmax(-1, exact), 1, generator=generator).squeeze(-1)
+    probabilities = scale_logits(logits, temperature).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)

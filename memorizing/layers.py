@@ -22,6 +22,7 @@ from memorizing.find import find_pairs
 from memorizing.gate import AgeBias, MemoryGate
 from memorizing.memory import PairMemory
 from memorizing.store import OutsideView
+from memory_models.checks import check_sizes
 from memory_models.stats import record
 from memory_models.transformer import Past, Place, SegmentAttention, SegmentCache, append_to_cache
 
@@ -63,8 +64,9 @@ def retrieve(
 
     Raises:
         StoreError: if the outside store lacks what the memory refers to.
-        ValueError: if rows or widths differ, or the stores do not divide the heads.
+        ValueError: if `topk` is below 1, rows or widths differ, or the stores do not divide the heads.
     """
+    check_sizes(topk=topk)
     batch, time, heads, width = queries.shape
     pairs = memory if isinstance(memory, PairMemory) else memory.pairs.recent
     stores = pairs.keys.shape[1]

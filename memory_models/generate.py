@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import math
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -53,10 +55,12 @@ def sampler(
         generator: source of randomness; None: torch's global one.
 
     Raises:
+        TypeError: if `top_k` is no whole number.
         ValueError: if an option is out of range.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature ({temperature}) must not be negative; 0 is greedy")
+    check_temperature(temperature)
+    if top_k is not None and not isinstance(top_k, int):
+        raise TypeError(f"top_k ({top_k}) must be an int, or None")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k ({top_k}) must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
@@ -65,11 +69,24 @@ def sampler(
         return greedy
 
     def draw(logits: Tensor) -> Tensor:
-        kept = filter_logits(logits / temperature, top_k=top_k, top_p=top_p)
-        probabilities = kept.softmax(-1, dtype=_at_least_float32(kept))
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        kept = filter_logits(scale_logits(logits, temperature), top_k=top_k, top_p=top_p)
+        return torch.multinomial(kept.softmax(-1), 1, generator=generator).squeeze(-1)
 
     return draw
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature by which logits cannot be divided, 0 (greedy) apart, with a `ValueError`."""
+    least = torch.finfo(torch.float32).tiny
+    if temperature != 0 and not least <= temperature < math.inf:
+        raise ValueError(f"temperature ({temperature}) must be 0 (greedy) or in [{least:.1e}, inf)")
+
+
+def scale_logits(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over a temperature above 0, in float32 or better, less a constant for each row."""
+    exact = logits.to(_at_least_float32(logits))
+    # The largest becomes zero, so that none grows beyond all numbers.
+    return (exact - exact.amax(-1, keepdim=True)) / temperature
 
 
 def filter_logits(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -101,7 +118,7 @@ def generate(
     memory: Memory | None = None,
     lengths: Tensor | None = None,
     sample: Sample = greedy,
-    stop: int | Collection[int] | None = None,
+    stop: int | Collection[int] | Tensor | None = None,
 ) -> Iterator[Step]:
     """Continue prompts token by token, through any number of segments, at one token's cost each.
 
@@ -123,7 +140,7 @@ def generate(
         memory and the token as the next prompt.
 
     Raises:
-        TypeError: if `prompt` or `lengths` is no tensor.
+        TypeError: if `prompt` or `lengths` is no tensor, or `stop` no token id.
         ValueError: if a prompt is empty, `lengths` do not fit it or `max_new_tokens` is negative.
     """
     if max_new_tokens < 0:
@@ -188,7 +205,9 @@ def _read_prompt(
     """The logits after the last real token of each row, `[batch, vocab_size]`, and the memory."""
     last, mask = prompt.new_full(prompt.shape[:1], prompt.shape[1] - 1), None
     if lengths is not None:
-        last, prompt = lengths - 1, prompt[:, : int(lengths.max())]
+        last = lengths - 1
+        if len(lengths):
+            prompt = prompt[:, : int(lengths.max())]
         mask = torch.arange(prompt.shape[1], device=prompt.device) < lengths[:, None]
     begin, rows, found = 0, [], []
     # Piece by piece: the logits of a whole prompt may take more than everything else.
@@ -202,6 +221,10 @@ def _read_prompt(
     return torch.cat(found)[torch.cat(rows).argsort()], memory
 
 
-def _ids(stop: int | Collection[int] | None, device: torch.device) -> Tensor:
-    ids = [] if stop is None else [stop] if isinstance(stop, int) else sorted(stop)
-    return torch.tensor(ids, dtype=torch.int64, device=device)
+def _ids(stop: int | Collection[int] | Tensor | None, device: torch.device) -> Tensor:
+    given = stop.flatten().tolist() if isinstance(stop, Tensor) else stop
+    ids = [] if given is None else given if isinstance(given, Iterable) else [given]
+    try:
+        return torch.tensor(sorted(map(operator.index, ids)), dtype=torch.int64, device=device)
+    except TypeError:
+        raise TypeError(f"stop must be a token id or several, got {stop!r}") from None

@@ -88,6 +88,25 @@ def queries(queries: Tensor, *, rows: int, dim: int) -> None:
     floating("queries", queries, (rows, *any_length, dim), "[batch, ..., dim]")
 
 
+def scale(scale: Tensor | float, shape: torch.Size) -> None:
+    """A number, or a tensor that broadcasts to `shape`.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: if it does not broadcast.
+    """
+    if not isinstance(scale, Tensor | int | float):
+        raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
+    if isinstance(scale, Tensor):
+        fits = scale.dim() <= len(shape) and all(
+            have in (1, want) for have, want in zip(reversed(scale.shape), reversed(shape), strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f"scale is {list(scale.shape)}, which does not broadcast to the queries' {list(shape)}"
+            )
+
+
 def ids(ids: Tensor, *, rows: int) -> None:
     """Ids `[rows, ...]`, int64.
 

@@ -86,6 +86,8 @@ class KNNMemory:
         self.value_dim = self.dim if value_dim is None else checks.whole("value_dim", value_dim, least=1)
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        if not isinstance(index, str):
+            raise TypeError(f"index must be a string, such as 'exact', got {index!r}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         if dtype == torch.float64 and index != "exact":
@@ -268,8 +270,10 @@ class KNNMemory:
             Scores (float32, or float64 if stored so) and ids, both `[batch, ..., k]` on the queries' device.
 
         Raises:
-            TypeError, ValueError: as `search`, and if `within` has steps.
+            TypeError, ValueError: as `search`, and if `within` is no range or has steps.
         """
+        if within is not None and not isinstance(within, range):
+            raise TypeError(f"within must be a range, such as range(0, 5), got {within!r}")
         if within is not None and within.step != 1:
             raise ValueError(f"within must be a range without steps, got {within}")
         scores, slots = self._find(queries, k, nprobe, increment_hits, within)
@@ -337,10 +341,12 @@ class KNNMemory:
 
         Raises:
             RuntimeError: in the backward pass, if retrieved pairs are gone and there is no snapshot.
-            TypeError, ValueError: as `search`.
+            TypeError, ValueError: as `search`, and if `scale` is no number and no such tensor.
         """
         if scale is None:
             scale = self.dim**-0.5 if self.metric == "ip" else 1.0
+        checks.queries(queries, rows=len(self._scope), dim=self.dim)
+        checks.scale(scale, queries.shape[:-1])
         return attend_found(
             self._ring,
             self._scope,

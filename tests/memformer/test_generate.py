@@ -219,7 +219,7 @@ def test_no_tokens_are_asked_for() -> None:
         ),
         ({"context": encoded(2)[..., :7]}, ValueError, r"context must be \[batch, length, 8\]"),
         ({"context_mask": torch.ones(2, 4).bool()}, ValueError, r"context_mask has shape \(2, 4\)"),
-        ({"temperature": -1.0}, ValueError, r"temperature \(-1.0\) must not be negative"),
+        ({"temperature": -1.0}, ValueError, r"temperature \(-1.0\) must be 0"),
         ({"filter_thres": 1.5}, ValueError, r"filter_thres \(1.5\) must lie between 0 and 1"),
         ({"seq_len": -1}, ValueError, r"seq_len \(-1\)"),
     ],

@@ -178,3 +178,11 @@ def test_ages_are_known_at_any_size() -> None:
 def test_a_gate_network_without_a_gate_is_refused() -> None:
     with pytest.raises(ValueError, match="combine='gate'"):
         MemorizingConfig(dim=DIM, heads=HEADS, combine="softmax", gate_network=True)
+
+
+def test_reading_no_pairs_is_refused() -> None:
+    memory = PairMemory(
+        keys=torch.zeros(1, 1, 3, 4), values=torch.zeros(1, 1, 3, 4), total=torch.zeros(1, dtype=torch.int64)
+    )
+    with pytest.raises(ValueError, match=r"topk \(0\) must be at least 1"):
+        read_pairs(torch.randn(1, 2, 1, 4), memory, topk=0)

@@ -262,6 +262,24 @@ def bad_calls():
             ValueError,
             "batch 2",
         ),
+        (
+            "within as a tuple",
+            lambda m: m.lookup(torch.randn(2, 3, 8), 2, within=(0, 5)),
+            TypeError,
+            r"within must be a range, such as range\(0, 5\), got \(0, 5\)",
+        ),
+        (
+            "scale of another shape",
+            lambda m: m.attend(torch.randn(2, 3, 8), 2, scale=torch.ones(4)),
+            ValueError,
+            r"scale is \[4\], which does not broadcast to the queries' \[2, 3\]",
+        ),
+        (
+            "scale as a list",
+            lambda m: m.attend(torch.randn(2, 3, 8), 2, scale=[1.0]),
+            TypeError,
+            "scale must be a number or a tensor, got list",
+        ),
         ("contents of no row", lambda m: m.contents(2), IndexError, "no row 2"),
     ]
 
@@ -288,6 +306,7 @@ def test_bad_calls_are_named_and_change_nothing(call, error, message):
         ({"num_indices": 0}, ValueError, "num_indices"),
         ({"value_dim": -1}, ValueError, "value_dim"),
         ({"metric": "dot"}, ValueError, "ip, cosine, l2"),
+        ({"index": None}, TypeError, "index must be a string, such as 'exact', got None"),
         ({"dtype": torch.int8}, ValueError, "dtype must be one of"),
         ({"dtype": torch.float64, "index": "ivf"}, ValueError, "float32"),
     ],

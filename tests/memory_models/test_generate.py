@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -326,7 +327,10 @@ def test_bad_arguments_are_refused_at_the_call(ids: Tensor, options: dict[str, A
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -0.1}, r"temperature \(-0\.1\) must not be negative; 0 is greedy"),
+        ({"temperature": -0.1}, r"temperature \(-0\.1\) must be 0 \(greedy\) or in \[1\.2e-38, inf\)"),
+        ({"temperature": math.nan}, r"temperature \(nan\)"),
+        ({"temperature": math.inf}, r"temperature \(inf\)"),
+        ({"temperature": 1e-40}, r"temperature \(1e-40\)"),
         ({"top_k": 0}, r"top_k \(0\) must be at least 1"),
         ({"top_p": 0.0}, r"top_p \(0\.0\) must lie in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p \(1\.1\) must lie in \(0, 1\]"),
@@ -453,3 +457,38 @@ def test_prompts_and_lengths_are_tensors_in_one_place(
 ) -> None:
     with pytest.raises(error, match=message):
         generate(small_lm("window"), ids, max_new_tokens=1, lengths=lengths)
+
+
+def test_only_whole_numbers_of_tokens_are_kept() -> None:
+    with pytest.raises(TypeError, match=r"top_k \(2\.5\) must be an int"):
+        sampler(top_k=2.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lowest_temperature_is_as_good_as_greedy(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[90.0, 3.0, 100.0], [-5.0, -90.0, -70.0]], dtype=dtype)
+    assert sampler(temperature=1.2e-38)(logits).tolist() == greedy(logits).tolist()
+
+
+@pytest.mark.parametrize(
+    "stop", [3, torch.tensor(3), torch.tensor([9, 3]), np.int64(3), {3, 9}, [3]], ids=str
+)
+def test_a_stop_is_an_id_or_several(stop: Any) -> None:
+    steps = list(
+        generate(
+            small_lm("window"), prompt(1), max_new_tokens=9, sample=lambda _: torch.tensor([3]), stop=stop
+        )
+    )
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("stop", [2.5, "3", torch.tensor(3.0), [None]], ids=str)
+def test_what_is_no_id_stops_nothing(stop: Any) -> None:
+    with pytest.raises(TypeError, match="stop must be a token id or several, got"):
+        generate(small_lm("window"), prompt(1), max_new_tokens=9, stop=stop)
+
+
+@pytest.mark.parametrize("lengths", [None, torch.zeros(0, dtype=torch.int64)])
+def test_no_rows_are_continued_by_nothing(lengths: Tensor | None) -> None:
+    steps = list(generate(small_lm("window"), prompt()[:0], max_new_tokens=2, lengths=lengths))
+    assert [step.token.shape for step in steps] == [(0,), (0,)]
