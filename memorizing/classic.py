@@ -27,6 +27,7 @@ from memorizing.classic_layers import FeedForward, LocalAttention, MemoryAttenti
 from memorizing.classic_memory import Documents, KNNMemoryList, XLMemories, held_after, hide, write_pairs
 from memorizing.knn import KNNMemory
 from memorizing.knn.checks import whole
+from memory_models.checks import check_tensor
 from memory_models.generate import Sample, greedy
 from memory_models.lm import IGNORED_LABEL, cross_entropy
 
@@ -168,6 +169,11 @@ class MemorizingTransformer(nn.Module):
             for _ in self.memorizing_layers
         )
 
+    @property
+    def _vocabulary(self) -> int | None:
+        # None where a module without one was put in the place of the embedding.
+        return getattr(self.token_emb, "num_embeddings", None)
+
     @contextmanager
     def knn_memories_context(self, *, batch_size: int, index: str = "exact") -> Iterator[KNNMemoryList]:
         """`create_knn_memories` for the length of a block; then the list is empty, whatever happened."""
@@ -200,9 +206,13 @@ class MemorizingTransformer(nn.Module):
 
         Raises:
             TypeError: if `x` or `labels` are not integers.
-            ValueError: if shapes, batch sizes or numbers of layers do not fit.
+            ValueError: if shapes, batch sizes or numbers of layers do not fit, or an id is outside the
+                vocabulary.
         """
-        check_tokens(x, labels)
+        if labels is not None:
+            check_tensor("labels", labels)
+            labels = labels.masked_fill(labels == self.pad_id, IGNORED_LABEL)
+        check_tokens(x, labels, self._vocabulary)
         batch, time = x.shape
         check_stores(knn_memories, len(self.memorizing_layers), batch)
         past = XLMemories.given(xl_memories, (batch, len(self.xl_memory_layers), self.dim_head), x.device)
@@ -238,7 +248,7 @@ class MemorizingTransformer(nn.Module):
             hidden = hidden + feedforward.fn(feedforward.norm(hidden))
         result = self.to_logits(hidden)
         if labels is not None:
-            result = cross_entropy(result, labels.masked_fill(labels == self.pad_id, IGNORED_LABEL))
+            result = cross_entropy(result, labels)
 
         if add_knn_memory:
             cleared = [False] * batch if documents is None else documents.cleared.tolist()
@@ -281,7 +291,7 @@ class MemorizingTransformer(nn.Module):
         """
         count = whole("max_new_tokens", max_new_tokens, least=0)
         length = whole("segment_length", segment_length, least=1)
-        check_tokens(prompt, None)
+        check_tokens(prompt, None, self._vocabulary)
         stores = self.create_knn_memories(batch_size=len(prompt)) if knn_memories is None else knn_memories
         modes = [(part, part.training) for part in self.modules()]
         self.eval()

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from memorizing.knn import KNNMemory
 from memorizing.knn.checks import whole
+from memory_models.checks import check_ids, check_tensor
+from memory_models.lm import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from memorizing.classic import MemorizingTransformer
@@ -80,13 +82,16 @@ def shifted(memories: dict[int, T], shift: int) -> dict[int, T]:
     return {layer: items[(index + shift) % len(items)] for index, layer in enumerate(memories)}
 
 
-def check_tokens(x: Tensor, labels: Tensor | None) -> None:
-    for name, ids in (("x", x), ("labels", labels)):
-        if ids is not None and ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name} must be token ids in int64, got {ids.dtype}")
-    if x.dim() != 2 or x.shape[1] == 0:
+def check_tokens(x: Tensor, labels: Tensor | None, number: int | None) -> None:
+    """Tokens `[batch, time]` below `number`, and labels of the same shape, -100 where none is asked."""
+    check_ids("x", x, number)
+    if x.shape[1] == 0:
         raise ValueError(f"x must be [batch, time] with at least one token, got {list(x.shape)}")
-    if labels is not None and labels.shape != x.shape:
+    if labels is None:
+        return
+    check_tensor("labels", labels, x.device)
+    check_ids("labels", torch.where(labels == IGNORED_LABEL, 0, labels), number)
+    if labels.shape != x.shape:
         raise ValueError(f"labels are {list(labels.shape)}, x is {list(x.shape)}: one label for each token")
 
 

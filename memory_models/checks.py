@@ -53,8 +53,8 @@ def check_reset(reset: Tensor | None, batch: int, time: int, device: torch.devic
     check_flags("reset", reset, (batch,) if once else (batch, time), device)
 
 
-def check_ids(name: str, ids: Tensor, number: int) -> None:
-    """Refuse what are not token ids `[batch, time]` below `number`.
+def check_ids(name: str, ids: Tensor, number: int | None) -> None:
+    """Refuse what are not token ids `[batch, time]` below `number` (None: of any size).
 
     The values are looked at where that is free: on the CPU, outside a compiled graph.
 
@@ -68,7 +68,7 @@ def check_ids(name: str, ids: Tensor, number: int) -> None:
     if ids.dim() != 2:
         raise ValueError(f"{name} must be [batch, time], got {tuple(ids.shape)}")
     # Reading values back from an accelerator would wait for it at every step.
-    if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
+    if number is None or torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
         return
     bad = (ids < 0) | (ids >= number)
     if bool(bad.any()):

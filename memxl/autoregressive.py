@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from memory_models.generate import filter_logits
+from memory_models.checks import check_flags, check_ids, check_sizes, check_tensor
+from memory_models.generate import check_temperature, filter_logits, scale_logits
 from memxl.classic import ClassicMemory, MemoryTransformerXL
 from memxl.classic_loss import linear_cross_entropy
 from memxl.embeddings import Embeddings
@@ -93,13 +94,17 @@ class AutoregressiveWrapper(nn.Module):
 
         Raises:
             TypeError: if a dtype is wrong.
-            ValueError: if shapes disagree.
+            ValueError: if shapes disagree or an id is outside the vocabulary.
         """
         if not isinstance(x, Tensor):
             if mask is not None:
                 raise ValueError("a list of sequences brings its own mask; give a tensor with mask")
             mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in x], batch_first=True)
             x = pad_sequence(list(x), batch_first=True, padding_value=self.pad_value)
+        check_tensor("tokens", x)
+        if mask is not None:
+            check_tensor("mask", mask)
+            check_flags("mask", mask, tuple(mask.shape), x.device)
         if not return_loss:
             return self.net(x, memories=memories, mask=mask)
         inputs, targets = x[:, :-1], x[:, 1:]
@@ -110,6 +115,9 @@ class AutoregressiveWrapper(nn.Module):
             if mask.shape != inputs.shape:
                 raise ValueError(f"mask has shape {tuple(mask.shape)}, the tokens {tuple(x.shape)}")
             targets = targets.masked_fill(~mask, self.ignore_index)
+            inputs = torch.where(mask, inputs, 0)
+        check_ids("tokens", inputs, self.net.vocabulary)
+        check_ids("targets", targets.masked_fill(targets == self.ignore_index, 0), self.net.vocabulary)
         if max_batch_size is not None and max_batch_size < 1:
             raise ValueError(f"max_batch_size ({max_batch_size}) must be at least 1")
         if truncate_every is not None and truncate_every < 1:
@@ -182,8 +190,10 @@ class AutoregressiveWrapper(nn.Module):
             The new tokens, `[batch, up to seq_len]` or `[up to seq_len]`.
 
         Raises:
-            ValueError: if a row of the prompt has no token, or shapes disagree.
+            ValueError: if a row of the prompt has no token, shapes disagree or a number is out of range.
         """
+        check_sizes(least=0, seq_len=seq_len)
+        check_temperature(temperature)
         prompt = start_tokens[None] if start_tokens.dim() == 1 else start_tokens
         if mask is None:
             mask = torch.ones_like(prompt, dtype=torch.bool)
@@ -200,9 +210,7 @@ class AutoregressiveWrapper(nn.Module):
             filtered = filter_logits_fn(logits, thres=filter_thres)
             if temperature == 0:
                 return filtered.argmax(-1, keepdim=True)
-            # In half precision small probabilities would be rounded away.
-            dtype = torch.promote_types(filtered.dtype, torch.float32)
-            return torch.multinomial((filtered / temperature).softmax(-1, dtype=dtype), 1)
+            return torch.multinomial(scale_logits(filtered, temperature).softmax(-1), 1)
 
         modes = [(part, part.training) for part in self.modules()]
         self.eval()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from memory_models.checks import check_sizes
+from memory_models.checks import check_flags, check_ids, check_sizes, check_tensor
 from memxl.classic_layers import ClassicAttention, ClassicBlock, ClassicFeedForward, Context, empty_slots
 from memxl.classic_memory import (
     ClassicMemory,
@@ -157,7 +157,8 @@ class MemoryTransformerXL(nn.Module):
 
         Raises:
             TypeError: if a dtype is wrong.
-            ValueError: if shapes disagree or the segment is longer than `seq_len`.
+            ValueError: if shapes disagree, the segment is longer than `seq_len` or an id is outside the
+                vocabulary.
         """
         y, memory = self.features(x, memories, mask, detach_lmem)
         return apply_map(self.to_logits, y), memory
@@ -178,7 +179,7 @@ class MemoryTransformerXL(nn.Module):
         Args:
             embedded: `[batch, time, emb_dim]`, the embeddings of `x` where they have been looked up before.
         """
-        self._check_tokens(x, mask)
+        x = self._checked_tokens(x, mask)
         memory = self._memories(memories, x.shape[0])
         embedded = self.embed(x) if embedded is None else embedded
         if x.shape[1] == 0:
@@ -194,6 +195,11 @@ class MemoryTransformerXL(nn.Module):
         if back is not None:
             y = y.gather(1, back[..., None].expand_as(y))
         return self.to_embedding(y), memory
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of token ids; None where a module without one was put in the place of `embed`."""
+        return getattr(self.embed, "num_embeddings", None)
 
     def init_memories(self, batch_size: int) -> ClassicMemory:
         """Memories of `batch_size` rows that hold nothing."""
@@ -222,7 +228,7 @@ class MemoryTransformerXL(nn.Module):
             Logits `[batch, time, num_tokens]`, the same as if the segment were read at once, and the segment
             with these tokens.
         """
-        self._check_tokens(x, None, before=segment.hiddens.shape[2])
+        x = self._checked_tokens(x, None, before=segment.hiddens.shape[2])
         contexts: list[Context] = []
         y, hiddens = self._walk(self.embed(x), iter(segment.contexts), contexts)
         segment = Segment(tuple(contexts), torch.cat([segment.hiddens, hiddens], 2))
@@ -298,22 +304,19 @@ class MemoryTransformerXL(nn.Module):
                 keep_weights(long, weights)
         return ClassicMemory(newest(queue, held, lengths, self.mem_len), long)
 
-    def _check_tokens(self, x: Tensor, mask: Tensor | None, *, before: int = 0) -> None:
-        if x.dim() != 2:
-            raise ValueError(f"tokens must be [batch, time], got {tuple(x.shape)}")
-        if x.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"tokens must be int64, got {x.dtype}")
+    def _checked_tokens(self, x: Tensor, mask: Tensor | None, *, before: int = 0) -> Tensor:
+        check_tensor("tokens", x)
+        check_flags("mask", mask, tuple(x.shape), x.device)
+        if mask is not None:
+            # Padding may carry any id; it must not reach the embedding.
+            x = torch.where(mask, x, 0)
+        check_ids("tokens", x, self.vocabulary)
         if before + x.shape[1] > self.seq_len:
             raise ValueError(
                 f"a segment has at most {self.seq_len} tokens (seq_len), got {before + x.shape[1]}; cut the "
                 "input into segments"
             )
-        if mask is None:
-            return
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, got {mask.dtype}")
-        if mask.shape != x.shape:
-            raise ValueError(f"mask has shape {tuple(mask.shape)}, the tokens {tuple(x.shape)}")
+        return x
 
 
 def _check_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:

@@ -97,6 +97,20 @@ def test_weights_that_do_not_fit_change_nothing(
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        (torch.tensor([[1, 999]]), None, "x hold 999, outside the vocabulary"),
+        (torch.tensor([[1, -1]]), None, "x hold -1, outside the vocabulary"),
+        (torch.tensor([[1, 2]]), torch.tensor([[-100, 999]]), "labels hold 999, outside the vocabulary"),
+    ],
+)
+def test_ids_outside_the_vocabulary_are_named(ids: Tensor, labels: Tensor | None, message: str) -> None:
+    model = MemorizingTransformer(**(SIZES | {"memorizing_layers": ()}))
+    with pytest.raises(ValueError, match=message):
+        model(ids, labels=labels)
+
+
 def test_loading_says_that_the_package_never_shifted_stores(published: dict[str, Tensor]) -> None:
     with pytest.warns(UserWarning, match="ignores shift_knn_memories_down"):
         loaded(published, "stores", shift_knn_memories_down=1.0)

@@ -277,7 +277,7 @@ def test_reading_only_leaves_the_stores_alone() -> None:
     before = [pairs_of(stores[0], row) for row in range(3)]
     segments[1][0, 2] = SOS
     model(segments[1], stores, add_knn_memory=False)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="outside the vocabulary"):
         model(segments[1], stores, labels=segments[1] + 100)
     assert all(torch.equal(pairs_of(stores[0], row), held) for row, held in enumerate(before))
 
@@ -340,7 +340,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (lambda: model(segment[:2], stores), ValueError, "x has 2 rows, knn_memories have 3"),
         (lambda: model(segment), ValueError, "1 memorizing layers need as many knn_memories, got 0"),
         (lambda: model(segment[:, :0], stores), ValueError, "at least one token"),
-        (lambda: model(segment.float(), stores), TypeError, "token ids in int64"),
+        (lambda: model(segment.float(), stores), TypeError, "x must be int64, got torch.float32"),
         (lambda: model(segment, stores, labels=segment[:, 1:]), ValueError, "one label for each token"),
         (lambda: model(segment, stores, list(caches)[:1]), ValueError, "2 XL layers, got xl_memories of 1"),
         (

@@ -163,7 +163,7 @@ def test_padding_stays_out_of_everything() -> None:
     first, second = draw(2, 6), draw(2, 6)
     mask = torch.tensor([[True] * 6, [True, True, False, False, True, False]])
     logits, memories = run(model, [first, second], [mask, torch.ones_like(mask)])
-    other = torch.where(mask, first, (first + 1) % TOKENS)
+    other = torch.where(mask, first, -100)
     other_logits, other_memories = run(model, [other, second], [mask, torch.ones_like(mask)])
     assert torch.equal(logits[0][mask], other_logits[0][mask])
     assert torch.equal(logits[1], other_logits[1])
@@ -358,8 +358,11 @@ def test_options_that_do_not_fit(options: dict, message: str) -> None:
     [
         (lambda m: m(draw(2, 7)), ValueError, r"at most 6 tokens \(seq_len\), got 7; cut"),
         (lambda m: m(draw(6)), ValueError, r"tokens must be \[batch, time\], got \(6,\)"),
+        (lambda m: m(draw(2, 6) * 0 + TOKENS), ValueError, rf"tokens hold {TOKENS}, outside the vocabulary"),
+        (lambda m: m(draw(2, 6) - TOKENS), ValueError, r"tokens hold -\d+, outside the vocabulary"),
+        (lambda m: m([[0, 1]]), TypeError, "tokens must be a tensor, got list"),
         (lambda m: m(torch.randn(2, 6)), TypeError, r"tokens must be int64, got torch.float32"),
-        (lambda m: m(draw(2, 6), mask=torch.ones(2, 6)), TypeError, r"mask must be bool"),
+        (lambda m: m(draw(2, 6), mask=torch.ones(2, 6)), TypeError, r"mask must be a bool tensor"),
         (lambda m: m(draw(2, 6), mask=torch.ones(2, 5).bool()), ValueError, r"mask has shape \(2, 5\)"),
         (
             lambda m: m(draw(2, 6), m.init_memories(3)),
