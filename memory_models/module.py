@@ -7,6 +7,7 @@ implements three methods: `init_memory`, `read` and `write`.
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -34,6 +35,12 @@ class MemoryModule(Pretrained, nn.Module, Generic[M]):
     dim: int
     segment_length: int
     differentiable_memory: bool = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # torch.compile keeps eight graphs for each code object; the classes must not share them.
+        if isinstance(cls.forward, FunctionType) and "forward" not in vars(cls):
+            cls.forward = _with_own_code(cls.forward)  # type: ignore[method-assign]
 
     def init_memory(self, batch_size: int) -> M:
         """A fresh memory of `batch_size` rows on the module's device and in its dtype."""
@@ -260,6 +267,20 @@ class MemoryModule(Pretrained, nn.Module, Generic[M]):
                 f"the open segment would hold {needed} tokens, more than segment_length "
                 f"({self.segment_length}); end it earlier with close=True"
             )
+
+
+def _with_own_code(function: FunctionType) -> FunctionType:
+    own = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    own.__annotations__, own.__doc__ = function.__annotations__, function.__doc__
+    own.__module__, own.__qualname__ = function.__module__, function.__qualname__
+    return own
 
 
 def _may_be_true(flags: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from memory_models import MemoryModule
 from tests.members import MEMBERS, small
+from tests.memory_models.toys import Mean
 
 BATCH = 3
 # The rule "compile" runs for all members in the ordinary suite; of what is here only one, for its time.
@@ -138,3 +139,18 @@ def test_a_reset_inside_the_segment_breaks_the_graph_and_changes_nothing(name: s
 @pytest.mark.parametrize("name", MEMBERS)
 def test_inductor_gives_the_values_and_gradients_of_eager_mode(name: str) -> None:
     check_training(name, "inductor", segments=3, tolerance=1e-7)
+
+
+def test_each_class_has_graphs_of_its_own() -> None:
+    class One(Mean):
+        pass
+
+    class Other(Mean):
+        pass
+
+    graphs = CompileCounterWithBackend("eager")
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
+        for module in (One(), Other(), Mean()):
+            # Beyond the limit torch goes on without a compiler, and says so in its log only.
+            torch.compile(module, backend=graphs, dynamic=False)(torch.randn(1, 2, 4))
+    assert graphs.frame_count == 3
