@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +69,6 @@ class OutsideStore:
         self.config = config
         self.layers = len(config.layers_with_memory)
         self._streams: dict[int, _Stream] = {}
-        self._next = 0
         self._most = {True: 0, False: 0}
         self._register()
 
@@ -114,7 +114,7 @@ class OutsideStore:
 
         Raises:
             StoreError: if pairs have left the state before they were committed, or the store no longer
-                holds what the state refers to.
+                holds what the state refers to, or has other pairs in its place.
             ValueError: if a key or a value is not finite (in the store's dtype).
         """
         recent = layers[0].recent
@@ -130,7 +130,7 @@ class OutsideStore:
         self._most[training] = max(self._most[training], len(streams))
         for row, total in enumerate(totals):
             if total > committed[row] or streams[row] >= 0:
-                pairs = [layer.recent for layer in layers]
+                pairs = dict(enumerate(layer.recent for layer in layers))
                 streams[row] = self._commit_row(pairs, row, streams[row], committed[row], total, training)
         number = torch.tensor(streams, dtype=torch.int64, device=recent.total.device)
         return tuple(
@@ -139,7 +139,13 @@ class OutsideStore:
         )
 
     def _commit_row(
-        self, layers: list[PairMemory], row: int, number: int, committed: int, total: int, training: bool
+        self,
+        layers: Mapping[int, PairMemory],
+        row: int,
+        number: int,
+        committed: int,
+        total: int,
+        training: bool,
     ) -> int:
         kept = layers[0].keys.shape[2]
         _check_pending(row, committed, total, kept)
@@ -148,6 +154,7 @@ class OutsideStore:
             self._streams[number].write(layers, row, 0, total)
             return number
         stream = self._find(row, number, committed)
+        _check_own(stream, layers, row, number, committed, total)
         held = stream.total
         if held == committed:
             stream.write(layers, row, committed, total)
@@ -173,7 +180,7 @@ class OutsideStore:
 
         Args:
             queries: `[batch, stores, i, dim_head]`.
-            view: the rows' counters (their pairs are not looked at).
+            view: the rows' counters, and the pairs by which a foreign stream is told.
             layer: number of the memory layer, counted among those.
             k: pairs wanted.
 
@@ -181,7 +188,7 @@ class OutsideStore:
             What was found, by row.
 
         Raises:
-            StoreError: if the store lacks what the state refers to.
+            StoreError: if the store lacks what the state refers to, or has other pairs in its place.
         """
         results: dict[int, Found] = {}
         kept, memories = view.recent.keys.shape[2], self.config.memories
@@ -193,6 +200,7 @@ class OutsideStore:
             _check_pending(row, committed, total, kept)
             stream = self._find(row, number, committed)
             _check_held(row, needed, stream.oldest, self.config)
+            _check_own(stream, {layer: view.recent}, row, number, committed, total)
             memory = stream.memories[layer]
             results[row] = Found(memory, *memory.lookup(queries[row], k, within=needed))
         return results
@@ -220,7 +228,10 @@ class OutsideStore:
         group = [number for number, other in self._streams.items() if other.training == stream.training]
         for number in group[: max(0, len(group) + 1 - self._limit(stream.training))]:
             del self._streams[number]
-        number, self._next = self._next, self._next + 1
+        # Counted numbers would begin alike in every store, and a memory of another model, or one kept while
+        # the store was not, would find a stream that is not its own. Not from torch's generator: what a
+        # model computes must not depend on when it is committed.
+        number = secrets.randbits(63)
         self._streams[number] = stream
         return number
 
@@ -249,7 +260,7 @@ class OutsideStore:
             )
             for layer, (_, parts) in enumerate(packed):
                 tensors |= {f"{number}.{layer}.{name}": part for name, part in parts.items()}
-        storage.save(Path(path), {"streams": about, "next": self._next}, tensors)
+        storage.save(Path(path), {"streams": about}, tensors)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Hold the streams that `save` wrote, and no others.
@@ -278,7 +289,7 @@ class OutsideStore:
                     )
                 memories.append(memory)
             streams[entry["number"]] = _Stream(memories, entry["training"])
-        self._streams, self._next = streams, about["next"]
+        self._streams = streams
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "number"}
@@ -293,6 +304,10 @@ class _Stream:
     # One stream's memories, a memory layer each; ids are the numbers of its pairs.
     def __init__(self, memories: list[KNNMemory], training: bool) -> None:
         self.memories, self.training = memories, training
+        self._known: dict[tuple[int, int], tuple[weakref.ref[Tensor], int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_known": {}}
 
     @property
     def total(self) -> int:
@@ -306,21 +321,54 @@ class _Stream:
     def nbytes(self) -> int:
         return sum(memory.nbytes for memory in self.memories)
 
-    def write(self, layers: list[PairMemory], row: int, begin: int, end: int) -> None:
-        for memory, pairs in zip(self.memories, layers, strict=True):
+    def write(self, layers: Mapping[int, PairMemory], row: int, begin: int, end: int) -> None:
+        for layer, pairs in layers.items():
             slots = torch.arange(begin, end, device=pairs.keys.device) % pairs.keys.shape[2]
-            memory.add(pairs.keys[row][:, slots], pairs.values[row][:, slots])
+            self.memories[layer].add(pairs.keys[row][:, slots], pairs.values[row][:, slots])
 
-    def has(self, layers: list[PairMemory], row: int, begin: int, end: int) -> bool:
+    def has(self, layers: Mapping[int, PairMemory], row: int, begin: int, end: int) -> bool:
         """Whether the pairs with these numbers are the very ones that the state has."""
-        for memory, pairs in zip(self.memories, layers, strict=True):
+        for layer, pairs in layers.items():
+            memory = self.memories[layer]
             ids = torch.arange(begin, end, device=pairs.keys.device)
-            keys, values, held = memory.gather(ids.expand(memory.num_indices, -1))
+            held = memory.gather(ids.expand(memory.num_indices, -1))
             slots = ids % pairs.keys.shape[2]
-            ours = (pairs.keys[row][:, slots].to(keys.dtype), pairs.values[row][:, slots].to(keys.dtype))
-            if not (bool(held.all()) and torch.equal(keys, ours[0]) and torch.equal(values, ours[1])):
+            same = bool(held.mask.all())
+            for theirs, ours in ((held.keys, pairs.keys), (held.values, pairs.values)):
+                same = same and _equal(theirs, ours[row][:, slots])
+            if not same:
                 return False
         return True
+
+    def owns(self, layers: Mapping[int, PairMemory], row: int, committed: int, total: int) -> bool:
+        """Whether what the state has and has committed is what the stream holds in its place."""
+        for layer, pairs in layers.items():
+            # Pieces of one segment ask with the same tensors, for which one comparison is enough.
+            known, until = self._known.get((layer, row), (None, 0))
+            if known is not None and known() is pairs.keys and until == committed:
+                continue
+            begin = max(0, total - pairs.keys.shape[2], self.oldest)
+            if begin < committed and not self.has({layer: pairs}, row, begin, committed):
+                return False
+            self._known[layer, row] = weakref.ref(pairs.keys), committed
+        return True
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    # In the coarser of both dtypes: the store may be coarser than the state, or the state since converted.
+    coarser = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.equal(one.to(coarser), other.to(coarser))
+
+
+def _check_own(
+    stream: _Stream, layers: Mapping[int, PairMemory], row: int, number: int, committed: int, total: int
+) -> None:
+    if not stream.owns(layers, row, committed, total):
+        raise StoreError(
+            f"row {row} refers to stream {number}, which holds other pairs in the place of its own: the memory "
+            "comes from another copy of this model, whose stream went another way (carry the store over with "
+            "model.store.save and load)"
+        )
 
 
 def _check_pending(row: int, committed: int, total: int, kept: int) -> None:

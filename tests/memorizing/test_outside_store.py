@@ -290,6 +290,48 @@ def test_a_copy_of_the_model_has_a_store_of_its_own() -> None:
     assert len(before) == len(contents(twin.store))
 
 
+def test_a_memory_of_another_model_is_refused() -> None:
+    # Copied before either had a stream: both would count their streams alike.
+    first, second = model(**OUTSIDE), model(**OUTSIDE)
+    _, memory = unroll(first, stream(7))
+    unroll(second, stream(7))
+    with pytest.raises(StoreError, match="not in the store"):
+        second(stream(1), memory)
+
+
+def test_a_memory_of_a_copy_whose_stream_went_another_way_is_refused() -> None:
+    made = model(**OUTSIDE)
+    _, memory = unroll(made, stream(7))
+    twin, ahead = copy.deepcopy(made), stream(3)
+    _, ours = unroll(made, ahead, memory)
+    unroll(twin, stream(3), memory)
+    with pytest.raises(StoreError, match="holds other pairs"):
+        twin(stream(1), ours)
+    with pytest.raises(StoreError, match="holds other pairs"):
+        # Not even written to.
+        twin.commit(made(stream(1), ours)[1])
+    # As far as both went the same way the copy may go on.
+    again = copy.deepcopy(made)
+    x = stream(1)
+    torch.testing.assert_close(again(x, ours)[0], made(x, ours)[0], atol=0, rtol=0)
+
+
+def test_numbers_of_streams_leave_the_random_numbers_of_torch_alone() -> None:
+    made, x = model(**OUTSIDE), stream(7)
+    torch.manual_seed(3)
+    unroll(made, x)
+    seen = torch.rand(1)
+    torch.manual_seed(3)
+    assert seen == torch.rand(1)
+
+
+def test_a_converted_memory_still_finds_its_stream() -> None:
+    made = model(**OUTSIDE)
+    _, memory = unroll(made, stream(7))
+    y, _ = made.float()(stream(1).float(), memory.to(dtype=torch.float32))
+    assert y.isfinite().all()
+
+
 def filled(made: Memorizing, pairs: int, *, batch: int = 1) -> MemorizingMemory:
     """A memory with so many pairs of clustered unit keys, written a pendingful at a time."""
     memory = made.init_memory(batch)
@@ -346,7 +388,7 @@ def test_an_index_of_inverted_lists_finds_nearly_all() -> None:
         assert isinstance(pairs, OutsidePairs)
         assert made.store is not None
         results.append(retrieve(queries, OutsideView(pairs, made.store, 0), topk=8))
-        shares.append(made.store._streams[0].memories[0].stats()[0].engine)
+        shares.append(next(iter(made.store._streams.values())).memories[0].stats()[0].engine)
     assert shares == ["exact", "ivf"]
     found = [
         len(set(a) & set(b)) / 8
