@@ -23,7 +23,7 @@ from htm.checks import check_floating, check_mask, check_shape
 from htm.choose import all_of, best_chunks, chunk_weights, readable_places
 from htm.chunks import positions_like, summarize, with_previous
 from memory_models.checks import check_sizes, check_tensor
-from memory_models.transformer import MATCHING_SCALE
+from memory_models.transformer import MATCHING_SCALE, unit
 
 __all__ = ["HTMAttention", "HTMBlock"]
 
@@ -290,7 +290,7 @@ class HTMAttention(nn.Module):
         asked = self.summary_query(queries)
         if not self.matching:
             return (asked * self.dim**-0.5) @ self.summary_key.weight
-        asked = F.normalize(asked, dim=-1) * (self.summary_log_scale.exp() / _key_length(self.dim))
+        asked = unit(asked) * (self.summary_log_scale.exp() / _key_length(self.dim))
         return self._mixed(asked @ self.summary_key.weight)
 
     def _folded_queries(self, queries: Tensor) -> Tensor:
@@ -298,7 +298,7 @@ class HTMAttention(nn.Module):
         b, i, _ = queries.shape
         asked = self.query(queries).view(b * i, self.heads, self.dim_head)
         if self.matching:
-            asked = F.normalize(asked, dim=-1) * (self.log_scale.exp() / _key_length(self.dim_head))
+            asked = unit(asked) * (self.log_scale.exp() / _key_length(self.dim_head))
         else:
             asked = asked * self.dim_head**-0.5
         folded = asked.transpose(0, 1) @ self.key.weight.view(self.heads, self.dim_head, self.dim)

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from memorizing.knn import KNNMemory
 from memorizing.knn.attend import bag
+from memory_models.transformer import unit
 
 BUCKETS = 32
 MAX_DISTANCE = 128
@@ -193,8 +194,8 @@ class MemoryAttention(LocalAttention):
         """As `LocalAttention`, with queries and keys of unit length."""
         queries, pairs = super().project(x)
         keys, values = pairs.unbind(2)
-        keys = F.normalize(keys, dim=-1).to(values.dtype)
-        return F.normalize(queries, dim=-1), torch.stack([keys, values], 2)
+        keys = unit(keys).to(values.dtype)
+        return unit(queries), torch.stack([keys, values], 2)
 
 
 def _behind(past: Tensor | None, pairs: Tensor) -> Tensor:

@@ -365,9 +365,9 @@ def _check_own(
 ) -> None:
     if not stream.owns(layers, row, committed, total):
         raise StoreError(
-            f"row {row} refers to stream {number}, which holds other pairs in the place of its own: the memory "
-            "comes from another copy of this model, whose stream went another way (carry the store over with "
-            "model.store.save and load)"
+            f"row {row} refers to stream {number}, which holds other pairs in the place of its own: the "
+            "memory comes from another copy of this model, whose stream went another way (carry the store "
+            "over with model.store.save and load)"
         )
 
 

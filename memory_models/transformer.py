@@ -161,6 +161,17 @@ def last_token(x: Tensor, last: Tensor, lengths: Tensor | None) -> Tensor:
     return torch.where((lengths > 0)[:, None], newest, last)
 
 
+def unit(x: Tensor) -> Tensor:
+    """`x` `[..., dim]` scaled to unit length in its dtype; zero stays zero."""
+    if x.dtype != torch.float16:
+        return F.normalize(x, dim=-1)
+    # The epsilon of F.normalize is 0 in float16, where squares soon overflow besides. What has no direction
+    # gets no gradient: it would be infinite.
+    exact = x.float()
+    length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+    return (exact / length.masked_fill(length == 0, torch.inf)).to(x.dtype)
+
+
 class TokenShift(nn.Module):
     """x_t + W x_{t-1}: the previous token becomes readable without an attention hop."""
 
@@ -273,8 +284,8 @@ class SegmentAttention(nn.Module):
         keys = rearrange(self.to_keys(keyed), split, h=self.config.heads)
         values = rearrange(self.to_values(x), split, h=self.config.heads)
         if self.cosine:
-            queries = F.normalize(queries, dim=-1) * self.log_scale.exp()
-            keys = F.normalize(keys, dim=-1)
+            queries = unit(queries) * self.log_scale.exp()
+            keys = unit(keys)
         return queries, keys, values, last
 
     def forward(

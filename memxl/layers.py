@@ -20,6 +20,7 @@ from memory_models.transformer import (
     append_to_cache,
     last_token,
     rotate,
+    unit,
 )
 from memxl.config import MemXLConfig
 
@@ -153,7 +154,7 @@ class MemXLAttention(SegmentAttention):
             keyed = self.mix_own * earlier + self.mix_previous * F.pad(earlier[:, :-1], (0, 0, 1, 0))
         keys = rearrange(self.to_keys(keyed), "b c (h d) -> b c h d", h=self.config.heads)
         if self.cosine:
-            return F.normalize(keys, dim=-1)
+            return unit(keys)
         return rotate(keys, torch.arange(-earlier.shape[1], 0, device=earlier.device)[None])
 
     def _values_of(self, earlier: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ class MemXLAttention(SegmentAttention):
             pairs.append((keys, rearrange(self.slot_to_values(content), "b s (h d) -> b s h d", h=heads)))
         return [
             Past(
-                keys=F.normalize(keys, dim=-1) if self.cosine else keys,
+                keys=unit(keys) if self.cosine else keys,
                 values=values,
                 held=torch.ones(keys.shape[:2], dtype=torch.bool, device=x.device),
             )

@@ -26,6 +26,7 @@ from memory_models.transformer import (
     SegmentAttention,
     TokenShift,
     TransformerConfig,
+    unit,
 )
 
 
@@ -207,8 +208,8 @@ def _match(attention: SegmentAttention, x: Tensor, context: Tensor, seen: Tensor
     keys = rearrange(attention.to_keys(keyed), "b c (h d) -> b h c d", h=heads)
     values = rearrange(attention.to_values(normed), "b c (h d) -> b h c d", h=heads)
     attended = F.scaled_dot_product_attention(
-        F.normalize(queries, dim=-1) * attention.log_scale.exp()[..., None],
-        F.normalize(keys, dim=-1),
+        unit(queries) * attention.log_scale.exp()[..., None],
+        unit(keys),
         values,
         attn_mask=seen,
         dropout_p=attention.dropout.p if attention.training else 0.0,

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from memory_models import MemoryModule
+from memory_models.models import config_fields
+from memory_models.transformer import unit
 from tests.members import MEMBERS, small
 
 BATCH, SEGMENTS = 3, 4
@@ -77,6 +79,37 @@ def test_half_precision_is_finite_and_near_float32(name: str, dtype: torch.dtype
     eps = torch.finfo(dtype).eps
     assert distance(seen[0], wanted[0]) < OUTPUT_EPS * eps
     assert distance(gradients, end_to_end(wanted[1])) < GRADIENT_EPS * eps
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_matching_layers_and_zero_embeddings_stay_finite(name: str, zeros: bool, dtype: torch.dtype) -> None:
+    matching = {"matching_layer": True} if "matching_layer" in config_fields(name) else {}
+    for options in ({}, matching) if zeros and matching else (matching,):
+        module = small(name, **options).to(dtype)
+        x = data(dtype, module)
+        if zeros:
+            # All of the first segment, and every other token of the second.
+            x[:, 0], x[:, 1, ::2] = 0, 0
+        out, gradients, memory = run(module, x, nullcontext())
+        assert out.isfinite().all()
+        if zeros:
+            # Norms one behind the other make it larger at zero than float16 can hold: 1e7 and more in float32.
+            del gradients["x"]
+        assert end_to_end(gradients).isfinite().all()
+        for path, leaf in memory.tensors().items():
+            assert leaf.isfinite().all(), path
+
+
+def test_unit_vectors_of_half_precision_neither_overflow_nor_vanish() -> None:
+    x = torch.tensor([[6e4, 6e4], [3e-7, 0], [0, 0]], dtype=torch.float16, requires_grad=True)
+    wanted = torch.tensor([[0.5**0.5, 0.5**0.5], [1, 0], [0, 0]])
+    torch.testing.assert_close(unit(x).float(), wanted, atol=5e-4, rtol=0)
+    (gradient,) = torch.autograd.grad(unit(x)[2].sum(), x)
+    assert not gradient.any()
+    wide = torch.randn(3, 5)
+    assert torch.equal(unit(wide), torch.nn.functional.normalize(wide, dim=-1))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
