@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from memory_models.segments import output_and_memory
 
 Pairs = list[tuple[Tensor, Tensor | None]]
 
@@ -62,14 +64,21 @@ class Reduction:
         ]
         tensors, gradients = zip(*outside, *waiting, strict=True)
 
-        def add(_: Any, __: Any, out: Any) -> tuple[Any, Any, Tensor]:
-            return out[0], out[1], _Anchor.apply(gradients, *tensors)
+        def add(_: Any, __: Any, out: Any) -> _Anchored:
+            output, memory = output_and_memory(out)
+            return _Anchored(output, memory, _Anchor.apply(gradients, *tensors))
 
         handle = ddp.module.register_forward_hook(add)
         try:
-            yield lambda out: [(out[2], None)]
+            yield lambda out: [(out.anchor, None)]
         finally:
             handle.remove()
+
+
+class _Anchored(NamedTuple):
+    output: Any
+    memory: Any
+    anchor: Tensor
 
 
 class _Anchor(torch.autograd.Function):

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from memory_models.lm import MemoryLM
 from memory_models.reduction import Pairs, Reduction
 from memory_models.rewind import Rewind
-from memory_models.segments import Segment, checked_segments
+from memory_models.segments import Segment, checked_segments, output_and_memory
 from memory_models.stats import collect_stats, collecting
 
 # Largest difference between two computations of one memory that is put down to rounding.
@@ -73,7 +73,8 @@ def memory_replay(
     Args:
         model: `output, memory = model(x, memory)`, taking `mask`, `reset` and `close` as keywords if a
             segment has them: a memory module, a language model (its output is the logits), several modules in
-            series, a function. The memory is any pytree of tensors. What has gradient and is computed once
+            series, a function. The memory is any pytree of tensors; a third value is refused but in a named
+            tuple whose second field is `memory`. What has gradient and is computed once
             for several segments must come in through `x` or `memory`.
         segments: tensors `[batch, time, ...]` or `Segment`s; `Segment.cut` makes them of a long input. Pieces
             of an open segment (`close=False`) are segments here.
@@ -92,7 +93,7 @@ def memory_replay(
         check: whether to compare the memories of both passes; for trying out a new model.
 
     Raises:
-        TypeError: if `segments` or what `loss_fn` returns is of the wrong kind.
+        TypeError: if `segments`, or what the model or `loss_fn` returns, is of the wrong kind.
         ValueError: if there is no segment, batch sizes differ, an option is out of range, a loss is not a
             scalar, no loss depends on anything that requires gradient, or DDP has a static graph.
         RuntimeError: if gradients are switched off, if `commit` returns a new tensor that requires gradient,
@@ -184,7 +185,7 @@ class _Rollout:
 
     def _advance(self, index: int) -> None:
         segment = self.segments[index]
-        after = self.carry(self.inputs[index], self.memories[index], **segment.flags())[1]
+        _, after = output_and_memory(self.carry(self.inputs[index], self.memories[index], **segment.flags()))
         if self.check:
             self.left.append(_tensors(pytree.tree_map_only(Tensor, Tensor.detach, after)))
         cut = self.detach_every is not None and (index + 1) % self.detach_every == 0
@@ -220,17 +221,18 @@ class _Rollout:
                     # The listener has heard it in the first pass.
                     stack.enter_context(collect_stats())
             out = self.model(self.inputs[index], memory, **segment.flags())
+            output, after = output_and_memory(out)
             if last:
-                self.final = pytree.tree_map_only(Tensor, Tensor.detach, self._commit(segment, out[1]))
+                self.final = pytree.tree_map_only(Tensor, Tensor.detach, self._commit(segment, after))
             elif self.check:
-                self._compare(index, out[1])
-            loss = self._loss(out[0], index)
+                self._compare(index, after)
+            loss = self._loss(output, index)
             if last and index > 0:
                 self.rewind.mark()
             roots: Pairs = []
             if loss is not None and loss.requires_grad:
                 roots.append((loss if self.scaler is None else self.scaler.scale(loss), None))
-            for leaf, at in zip(pytree.tree_leaves(out[1]), gradient or (), strict=gradient is not None):
+            for leaf, at in zip(pytree.tree_leaves(after), gradient or (), strict=gradient is not None):
                 if at is not None and leaf.requires_grad:
                     roots.append((leaf, at))
             self.reached |= bool(roots)

@@ -85,6 +85,26 @@ def checked_segments(segments: Iterable[Tensor | Segment]) -> list[Segment]:
     return checked
 
 
+def output_and_memory(out: Any) -> tuple[Any, Any]:
+    """The two things that a model of a rollout returns.
+
+    Args:
+        out: a pair, or a named tuple whose second field is `memory`, as language models return it.
+
+    Raises:
+        TypeError: if it is anything else. Of a tensor the first two rows would be taken for the two.
+    """
+    named = isinstance(out, tuple) and getattr(out, "_fields", ())[1:2] == ("memory",)
+    if named or (isinstance(out, tuple | list) and len(out) == 2):
+        return out[0], out[1]
+    seen = f"a {type(out).__name__}"
+    if isinstance(out, Tensor):
+        seen += f" of shape {tuple(out.shape)}"
+    elif isinstance(out, tuple | list):
+        seen += f" of {len(out)}: {', '.join(type(part).__name__ for part in out)}"
+    raise TypeError(f"the model must return (output, memory), got {seen}; wrap it in a function that does")
+
+
 def _rows(segment: Segment) -> int | None:
     return next(
         (leaf.shape[0] for leaf in pytree.tree_leaves(segment.x) if isinstance(leaf, Tensor) and leaf.dim()),

@@ -95,7 +95,7 @@ def test_matching_layers_and_zero_embeddings_stay_finite(name: str, zeros: bool,
         out, gradients, memory = run(module, x, nullcontext())
         assert out.isfinite().all()
         if zeros:
-            # Norms one behind the other make it larger at zero than float16 can hold: 1e7 and more in float32.
+            # Norms one behind the other make it larger than float16 can hold: in float32 1e7 and more.
             del gradients["x"]
         assert end_to_end(gradients).isfinite().all()
         for path, leaf in memory.tensors().items():

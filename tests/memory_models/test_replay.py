@@ -408,3 +408,27 @@ def test_clipping_of_the_gradient_through_the_memory() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     memory_replay(model, segments, loss_fn, clip_memory_gradient=limit, scaler=scaler)
     assert_equal({name: g if g is None else g / 256 for name, g in drain(model).items()}, expected)
+
+
+@pytest.mark.parametrize(
+    ("returned", "seen"),
+    [
+        (lambda y, memory: y, r"a Tensor of shape \(2, 6, 16\)"),
+        (lambda y, memory: (y,), "a tuple of 1: Tensor"),
+        (lambda y, memory: (y, memory, y), "a tuple of 3: Tensor, Tensor, Tensor"),
+        (lambda y, memory: {"output": y, "memory": memory}, "a dict"),
+    ],
+)
+@pytest.mark.parametrize("segments", [1, 2])
+def test_a_model_that_does_not_return_output_and_memory_is_refused(
+    returned: Any, seen: str, segments: int
+) -> None:
+    weight = torch.ones(DIM, requires_grad=True)
+
+    def model(x: Tensor, memory: Tensor | None) -> Any:
+        y = x * weight if memory is None else x * weight + memory[:, None]
+        return returned(y, y.mean(1))
+
+    with pytest.raises(TypeError, match=rf"must return \(output, memory\), got {seen}"):
+        memory_replay(model, [torch.randn(2, 6, DIM)] * segments, lambda y, _: y.square().mean())
+    assert weight.grad is None
