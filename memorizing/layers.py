@@ -212,7 +212,11 @@ class KNNAttention(SegmentAttention):
         if time == 0:
             return x, memory
         place = Place.of(torch.zeros_like(memory.total), time, None, time)
-        # Padding comes last and is not written; causal attention hides it from what is real.
+        if lengths is not None:
+            # Padding comes last and is not written; causal attention hides it from what is real, but by a
+            # factor of zero, which a NaN would survive.
+            real = torch.arange(time, device=x.device) < lengths[:, None]
+            x = torch.where(real[..., None], x, 0)
         attended, cache = self(x, self.init_cache(batch), place, memory=memory)
         return attended, memory.append(cache.keys, cache.values, lengths)
 

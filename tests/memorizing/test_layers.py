@@ -327,3 +327,15 @@ def test_the_parts_that_make_it_match_can_be_had_apart() -> None:
     both = KNNAttention(MemorizingConfig(dim=DIM, heads=HEADS), matching=True)
     assert both.shift_keys
     assert torch.equal(both.to_keys.weight, both.to_queries.weight)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_what_stands_at_padding_reaches_nothing(odd: float) -> None:
+    module, memory, lengths = layer(), stored([4, 0]), torch.tensor([TIME - 2, 1])
+    x = torch.randn(2, TIME, DIM, dtype=torch.float64)
+    padding = torch.arange(TIME) >= lengths[:, None]
+    wanted, kept = module.segment(x, memory, lengths=lengths)
+    seen, after = module.segment(x.masked_fill(padding[..., None], odd), memory, lengths=lengths)
+    assert torch.equal(seen[~padding], wanted[~padding])
+    for one, other in zip(after.tensors().values(), kept.tensors().values(), strict=True):
+        assert torch.equal(one, other)
