@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from memorizing.knn.exact import TopK
 from memorizing.knn.results import Attended
 from memorizing.knn.ring import Ring, Unchanged
+from memorizing.knn.unit import unit
 
 # Bytes of gathered rows held at a time; on a CPU they should stay in cache.
 CPU_BLOCK_BYTES = 2 * 2**20
@@ -188,7 +189,7 @@ def attend_found(
         scale = scale.to(device, asked.dtype).expand(shape).reshape(-1, 1)
     asked = asked.reshape(-1, queries.shape[-1])
     if metric == "cosine":
-        asked = F.normalize(asked, dim=-1)
+        asked = unit(asked)
     ids = ring.ids(rows, found.slots)
     pairs = Pairs(
         slots=ring.flat(rows, found.slots.clamp(min=0)).flatten(0, 1),

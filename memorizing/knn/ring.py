@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memorizing.knn import pages
 from memorizing.knn.results import Held
+from memorizing.knn.unit import inverse_lengths
 
 
 class Change(NamedTuple):
@@ -100,8 +101,7 @@ class Ring:
         keys, values = keys[:, arrived - n :], values[:, arrived - n :]
         aside: list[tuple[Tensor, Tensor]] = []
         if self.scale is not None:
-            norm = keys.to(self.compute_dtype).norm(dim=-1)
-            aside.append((self.scale, torch.where(norm > 0, 1 / norm, 0.0)))
+            aside.append((self.scale, inverse_lengths(keys.to(self.compute_dtype))))
         if self.bias is not None:
             aside.append((self.bias, -keys.to(self.compute_dtype).square().sum(-1)))
         changes = []

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from memorizing.knn.exact import TopK, block_top_k, exact_top_k, score_slots
 from memorizing.knn.faiss_engine import FaissOptions, FaissRow, Read
 from memorizing.knn.results import RowStats
 from memorizing.knn.ring import Change, Ring
+from memorizing.knn.unit import unit
 
 _PROBE_QUERIES = 64
 _TIE = 1e-5  # scores this close (relatively) count as equal when a recall is measured
@@ -134,7 +134,7 @@ class Search:
     def _prepared(self, queries: Tensor) -> Tensor:
         """Queries whose product with a key, scaled and shifted by the ring's numbers, is its score."""
         if self.metric == "cosine":
-            return F.normalize(queries, dim=-1)
+            return unit(queries)
         return queries * 2 if self.metric == "l2" else queries
 
     def _finished(self, queries: Tensor, scores: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class Search:
         self._probe(row, queries)
         if engine.index is None:
             return self._exact(row, row + 1, queries, k, places)
-        asked = F.normalize(queries[0], dim=-1) if self.metric == "cosine" else queries[0]
+        asked = unit(queries[0]) if self.metric == "cosine" else queries[0]
         seen = sum(map(len, places))
         fetch = min(math.ceil(k * engine.oversample), seen)
         among = places if seen < self.ring.count(row) else None

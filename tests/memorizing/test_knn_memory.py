@@ -360,3 +360,20 @@ def test_on_a_gpu_as_on_the_cpu(metric):
     torch.testing.assert_close(
         here.attend(queries, 16).output, there.attend(queries.cuda(), 16).output.cpu(), rtol=1e-2, atol=1e-2
     )
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-25, 1e-13, 1.0, 1e16, 1e25, 1e30])
+def test_the_cosine_knows_no_size(size):
+    keys, queries = torch.randn(2, 20, 8), torch.randn(2, 5, 8)
+    memory = KNNMemory(8, 50, 2, metric="cosine")
+    memory.add(keys * size, torch.randn(2, 20, 8))
+    unit_keys, unit_queries = (v.double() / v.double().norm(dim=-1, keepdim=True) for v in (keys, queries))
+    wanted = (unit_queries @ unit_keys.mT).topk(4).values
+    for asked in (queries, queries * size):
+        torch.testing.assert_close(memory.lookup(asked, 4).scores.double(), wanted, atol=1e-5, rtol=0)
+    plain = KNNMemory(8, 50, 2, metric="cosine")
+    plain.add(keys, torch.randn(2, 20, 8))
+    torch.testing.assert_close(
+        memory.attend(queries * size, 4).logsumexp, plain.attend(queries, 4).logsumexp, atol=1e-5, rtol=1e-5
+    )
+    assert memory.lookup(torch.zeros(2, 1, 8), 4).scores.abs().max() == 0
