@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from memory_models.checks import check_tensor
+from memory_models.checks import check_shape, check_tensor
 
 
 def check_floating(
@@ -34,19 +34,3 @@ def check_mask(name: str, mask: Tensor, axes: tuple[str, ...], expected: tuple[i
             f"{name} must be bool, true where reading is allowed, got {mask.dtype}; use {name}.bool()"
         )
     check_shape(name, mask, axes, expected)
-
-
-def check_shape(name: str, tensor: Tensor, axes: tuple[str, ...], expected: tuple[int | None, ...]) -> None:
-    """A tensor with axes of the `expected` lengths, None for any length; `axes` are their names.
-
-    Raises:
-        ValueError: naming the tensor, what it is and what it must be.
-    """
-    shape = tuple(tensor.shape)
-    fits = len(shape) == len(expected)
-    fits = fits and all(want is None or have == want for have, want in zip(shape, expected, strict=True))
-    if not fits:
-        wanted = [
-            axis if want is None else f"{axis}={want}" for axis, want in zip(axes, expected, strict=True)
-        ]
-        raise ValueError(f"{name} must have shape [{', '.join(wanted)}], got {list(shape)}")

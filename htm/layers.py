@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from htm import attend as inner
-from htm.checks import check_floating, check_mask, check_shape
+from htm.checks import check_floating, check_mask
 from htm.choose import all_of, best_chunks, chunk_weights, readable_places
 from htm.chunks import positions_like, summarize, with_previous
-from memory_models.checks import check_sizes, check_tensor
+from memory_models.checks import check_counts, check_sizes, check_tensor
 from memory_models.transformer import MATCHING_SCALE, unit
 
 __all__ = ["HTMAttention", "HTMBlock"]
@@ -192,7 +192,8 @@ class HTMAttention(nn.Module):
             `[batch, queries, dim]`, exactly zero for a query that can see nothing.
 
         Raises:
-            ValueError: if a rank, width, batch size, mask shape or mask dtype does not fit.
+            ValueError: if a rank, width, batch size, mask shape or mask dtype does not fit, or, on a CPU, a
+                length does not lie in 0 to `mem_chunk_size`.
         """
         self._check_queries(queries)
         batch, size, dim = queries.shape[0], self.mem_chunk_size, self.memory_dim
@@ -201,10 +202,7 @@ class HTMAttention(nn.Module):
         chunks = contents.shape[1]
         check_floating("summaries", summaries, ("batch", "chunks", "dim"), (batch, chunks, dim))
         if lengths is not None:
-            check_tensor("lengths", lengths)
-            if lengths.is_floating_point() or lengths.dtype == torch.bool:
-                raise ValueError(f"lengths must be integers, got {lengths.dtype}; count the tokens per chunk")
-            check_shape("lengths", lengths, ("batch", "chunks"), (batch, chunks))
+            check_counts("lengths", lengths, ("batch", "chunks"), (batch, chunks), most=size)
         if mask is not None:
             check_mask("mask", mask, ("batch", "chunks", "mem_chunk_size"), (batch, chunks, size))
         if chunk_mask is not None:
@@ -234,7 +232,16 @@ class HTMAttention(nn.Module):
         Returns:
             Indices of the chunks, int64 `[batch, queries, k]`, and the softmax over their scores, zero for a
             chunk that holds nothing.
+
+        Raises:
+            ValueError: as `read`.
         """
+        self._check_queries(queries)
+        batch, axes = queries.shape[0], ("batch", "chunks", "dim")
+        check_floating("summaries", summaries, axes, (batch, None, self.memory_dim))
+        if lengths is not None:
+            expected = (batch, summaries.shape[1])
+            check_counts("lengths", lengths, ("batch", "chunks"), expected, most=self.mem_chunk_size)
         with torch.no_grad():
             available = None if lengths is None else (lengths > 0)[:, None]
             asked = self._summary_queries(queries)

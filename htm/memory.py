@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from memory_models.checks import check_counts, check_shape
 from memory_models.ring import append, numbers
 from memory_models.state import Memory, memory_state
 from memory_models.transformer import OpenSegment
@@ -62,8 +63,14 @@ class ChunkMemory(Memory):
 
         Returns:
             The longer memory; when a chunk begins and all slots are taken, the oldest chunk leaves.
+
+        Raises:
+            ValueError: if shapes do not fit, or, on a CPU, lengths do not lie in 0 to `time`.
         """
-        batch, slots, size, _ = self.contents.shape
+        batch, slots, size, dim = self.contents.shape
+        check_shape("new", new, ("batch", "time", "dim"), (batch, None, dim))
+        if lengths is not None:
+            check_counts("lengths", lengths, ("batch",), (batch,), most=new.shape[1])
         time = new.shape[1]
         if time == 0:
             return self

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from memorizing.knn import pages
+from memory_models.checks import check_counts, check_shape
 from memory_models.ring import append, numbers
 from memory_models.state import Memory, address, memory_state
 from memory_models.transformer import OpenSegment, Past
@@ -52,7 +53,11 @@ class PairMemory(Memory):
 
         Returns:
             The memory with these pairs, detached.
+
+        Raises:
+            ValueError: if shapes do not fit, or, on a CPU, lengths do not lie in 0 to `time`.
         """
+        self._check_pairs(keys, values, lengths)
         stores, time = self.keys.shape[1], keys.shape[1]
         totals = self.total.repeat_interleave(stores)
         counts = None if lengths is None else lengths.repeat_interleave(stores)
@@ -71,6 +76,17 @@ class PairMemory(Memory):
         return type(self)(
             keys=written(self.keys, keys), values=written(self.values, values), total=self.total + added
         )
+
+    def _check_pairs(self, keys: Tensor, values: Tensor, lengths: Tensor | None) -> None:
+        batch, stores, _, width = self.keys.shape
+        axes = ("batch", "time", "heads", "dim_head")
+        check_shape("keys", keys, axes, (batch, None, None, width))
+        time, heads = keys.shape[1:3]
+        if heads == 0 or heads % stores:
+            raise ValueError(f"keys must have heads that the stores ({stores}) divide, got {heads}")
+        check_shape("values", values, axes, (batch, time, heads, self.values.shape[3]))
+        if lengths is not None:
+            check_counts("lengths", lengths, ("batch",), (batch,), most=time)
 
     def held(self) -> Tensor:
         """int64 `[batch]`: pairs that each store of each row holds."""

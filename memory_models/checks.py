@@ -73,3 +73,43 @@ def check_ids(name: str, ids: Tensor, number: int | None) -> None:
     bad = (ids < 0) | (ids >= number)
     if bool(bad.any()):
         raise ValueError(f"{name} hold {int(ids[bad][0])}, outside the vocabulary (0 to {number - 1})")
+
+
+def check_shape(name: str, tensor: Tensor, axes: tuple[str, ...], expected: tuple[int | None, ...]) -> None:
+    """A tensor with axes of the `expected` lengths, None for any length; `axes` are their names.
+
+    Raises:
+        TypeError: if it is no tensor.
+        ValueError: naming the tensor, what it is and what it must be.
+    """
+    check_tensor(name, tensor)
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(expected)
+    fits = fits and all(want is None or have == want for have, want in zip(shape, expected, strict=True))
+    if not fits:
+        wanted = [
+            axis if want is None else f"{axis}={want}" for axis, want in zip(axes, expected, strict=True)
+        ]
+        raise ValueError(f"{name} must have shape [{', '.join(wanted)}], got {list(shape)}")
+
+
+def check_counts(
+    name: str, counts: Tensor, axes: tuple[str, ...], expected: tuple[int | None, ...], *, most: int
+) -> None:
+    """Integers with axes of the `expected` lengths, each in 0 to `most`.
+
+    Their range is looked at where that is cheap: on a CPU, and outside of graphs.
+
+    Raises:
+        TypeError: if they are no tensor.
+        ValueError: naming the tensor, what it is and what it must be.
+    """
+    check_tensor(name, counts)
+    if counts.is_floating_point() or counts.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {counts.dtype}")
+    check_shape(name, counts, axes, expected)
+    if counts.device.type != "cpu" or torch.compiler.is_compiling() or counts.numel() == 0:
+        return
+    least, largest = (int(value) for value in counts.aminmax())
+    if least < 0 or largest > most:
+        raise ValueError(f"{name} must lie in 0 to {most}, got {least if least < 0 else largest}")

@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from memory_models.checks import check_counts, check_shape
 from memory_models.state import Memory, memory_state
 
 
@@ -102,7 +103,16 @@ class Ring(Memory):
         return self.values.shape[1]
 
     def append(self, new: Tensor, lengths: Tensor | None = None) -> Self:
-        """Append `new` `[batch, time, ...]`, of which row `b` counts the first `lengths[b]`."""
+        """Append `new` `[batch, time, ...]`, of which row `b` counts the first `lengths[b]`.
+
+        Raises:
+            ValueError: if shapes do not fit, or, on a CPU, lengths do not lie in 0 to `time`.
+        """
+        batch, _, *entry = self.values.shape
+        axes = ("batch", "time", *(f"axis {axis}" for axis in range(2, self.values.dim())))
+        check_shape("new", new, axes, (batch, None, *entry))
+        if lengths is not None:
+            check_counts("lengths", lengths, ("batch",), (batch,), most=new.shape[1])
         added = new.shape[1] if lengths is None else lengths
         return type(self)(values=append(self.values, self.total, new, lengths), total=self.total + added)
 

@@ -142,6 +142,8 @@ def test_input_that_does_not_fit_is_named(change: dict[str, Tensor], message: st
         ({"summaries": torch.zeros(2, 4, DIM)}, r"summaries must have shape \[batch=2, chunks=5, dim=12\]"),
         ({"lengths": torch.zeros(2, 5)}, r"lengths must be integers, got torch.float32"),
         ({"lengths": torch.zeros(5).long()}, r"lengths must have shape \[batch=2, chunks=5\], got \[5\]"),
+        ({"lengths": torch.full((2, 5), CHUNK + 1)}, "lengths must lie in 0 to 4, got 5"),
+        ({"lengths": torch.full((2, 5), -1)}, "lengths must lie in 0 to 4, got -1"),
         ({"mask": torch.ones(2, 5).bool()}, r"mask must have shape .*mem_chunk_size=4\], got \[2, 5\]"),
         ({"chunk_mask": torch.ones(2, 2, 5).bool()}, r"chunk_mask must have shape .*queries=3.*\[2, 2, 5\]"),
     ],
@@ -150,6 +152,22 @@ def test_chunks_that_do_not_fit_are_named(change: dict[str, Tensor], message: st
     given = {"contents": torch.zeros(2, 5, CHUNK, DIM), "summaries": torch.zeros(2, 5, DIM)} | change
     with pytest.raises(ValueError, match=message):
         attention().float().read(torch.zeros(2, 3, DIM), **given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"queries": torch.zeros(3, DIM)}, r"queries must have shape \[batch, queries, dim=12\]"),
+        ({"queries": torch.zeros(1, 3, DIM)}, r"summaries must have shape \[batch=1, chunks, dim=12\]"),
+        ({"summaries": torch.zeros(2, 5, 3)}, r"summaries must have shape \[batch=2, chunks, dim=12\]"),
+        ({"lengths": torch.zeros(2, 4).long()}, r"lengths must have shape \[batch=2, chunks=5\]"),
+        ({"lengths": torch.full((2, 5), CHUNK + 1)}, "lengths must lie in 0 to 4, got 5"),
+    ],
+)
+def test_a_choice_among_what_does_not_fit_is_refused(change: dict[str, Tensor], message: str) -> None:
+    given = {"queries": torch.zeros(2, 3, DIM), "summaries": torch.zeros(2, 5, DIM)} | change
+    with pytest.raises(ValueError, match=message):
+        attention().float().choose(**given)
 
 
 def test_sizes_below_one_are_refused() -> None:

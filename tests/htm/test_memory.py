@@ -132,3 +132,20 @@ def test_gradient_goes_into_contents_and_summaries_of_what_stayed() -> None:
 def test_chunks_take_their_own_dtype() -> None:
     memory = empty(2, 2, dtype=torch.bfloat16).append(torch.randn(BATCH, 3, DIM))
     assert memory.contents.dtype == memory.summaries.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("new", "lengths", "message"),
+    [
+        ((1, 3, DIM), None, r"new must have shape \[batch=2, time, dim=3\], got \[1, 3, 3\]"),
+        ((BATCH, 3, 1), None, r"new must have shape .*dim=3\], got \[2, 3, 1\]"),
+        ((BATCH, 3, DIM), [1], r"lengths must have shape \[batch=2\], got \[1\]"),
+        ((BATCH, 3, DIM), [0, 4], "lengths must lie in 0 to 3, got 4"),
+        ((BATCH, 3, DIM), [-1, 0], "lengths must lie in 0 to 3, got -1"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(
+    new: tuple[int, ...], lengths: list[int] | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        empty(2, 4).append(torch.zeros(new), None if lengths is None else torch.tensor(lengths))

@@ -339,3 +339,26 @@ def test_what_stands_at_padding_reaches_nothing(odd: float) -> None:
     assert torch.equal(seen[~padding], wanted[~padding])
     for one, other in zip(after.tensors().values(), kept.tensors().values(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "lengths", "message"),
+    [
+        ((2, 3, 3, WIDTH), None, None, r"keys must have heads that the stores \(2\) divide, got 3"),
+        ((2, 3, 1, WIDTH), None, None, r"keys must have heads that the stores \(2\) divide, got 1"),
+        ((1, 3, HEADS, WIDTH), None, None, r"keys must have shape \[batch=2, time, heads, dim_head=5\]"),
+        ((4, 3, HEADS, WIDTH), None, None, r"keys must have shape .*got \[4, 3, 2, 5\]"),
+        ((2, 3, HEADS, 1), None, None, r"keys must have shape .*dim_head=5\], got \[2, 3, 2, 1\]"),
+        ((2, 3, HEADS, WIDTH), (2, 2, HEADS, WIDTH), None, r"values must have shape \[batch=2, time=3"),
+        ((2, 3, HEADS, WIDTH), (1, 3, HEADS, WIDTH), None, r"values must have shape \[batch=2, time=3"),
+        ((2, 3, HEADS, WIDTH), None, [3], r"lengths must have shape \[batch=2\], got \[1\]"),
+        ((2, 3, HEADS, WIDTH), None, [0, 4], "lengths must lie in 0 to 3, got 4"),
+        ((2, 3, HEADS, WIDTH), None, [-1, 1], "lengths must lie in 0 to 3, got -1"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_refused(
+    keys: tuple[int, ...], values: tuple[int, ...] | None, lengths: list[int] | None, message: str
+) -> None:
+    count = None if lengths is None else torch.tensor(lengths)
+    with pytest.raises(ValueError, match=message):
+        stored([1, 2]).append(torch.zeros(keys), torch.zeros(values or keys), count)

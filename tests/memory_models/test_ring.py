@@ -138,3 +138,23 @@ def test_a_ring_is_empty_at_first() -> None:
     assert ring.values.shape == (2, 4, 5, 6)
     assert ring.values.dtype == torch.float16
     assert not ring.held().any()
+
+
+@pytest.mark.parametrize(
+    ("new", "lengths", "message"),
+    [
+        ((1, 3, 2), None, r"new must have shape \[batch=2, time, axis 2=2\], got \[1, 3, 2\]"),
+        ((2, 3, 1), None, r"new must have shape .*axis 2=2\], got \[2, 3, 1\]"),
+        ((2, 2), None, "new must have shape"),
+        ((2, 3, 2), [1], r"lengths must have shape \[batch=2\], got \[1\]"),
+        ((2, 3, 2), [1, 4], "lengths must lie in 0 to 3, got 4"),
+        ((2, 3, 2), [-1, 0], "lengths must lie in 0 to 3, got -1"),
+        ((2, 3, 2), [1.0, 2.0], "lengths must be integers, got torch.float32"),
+    ],
+)
+def test_entries_that_do_not_fit_are_refused(
+    new: tuple[int, ...], lengths: list[int] | None, message: str
+) -> None:
+    ring = Ring.empty(2, 4, 2, like=torch.zeros(1))
+    with pytest.raises(ValueError, match=message):
+        ring.append(torch.zeros(new), None if lengths is None else torch.tensor(lengths))
