@@ -24,6 +24,7 @@ from htm.choose import all_of, best_chunks, chunk_weights, readable_places
 from htm.chunks import positions_like, summarize, with_previous
 from memory_models.checks import check_counts, check_sizes, check_tensor
 from memory_models.transformer import MATCHING_SCALE, unit
+from memory_models.transforms import needs_plain_operators
 
 __all__ = ["HTMAttention", "HTMBlock"]
 
@@ -348,7 +349,7 @@ class HTMBlock(nn.Module):
 
 def _attend_here() -> Callable[..., tuple[Tensor, Tensor]]:
     # The fastest form of the inner attention that serves the caller.
-    if torch.compiler.is_exporting():
+    if needs_plain_operators():
         return inner.attend_portably
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return inner.attend

@@ -25,6 +25,7 @@ from memorizing.store import OutsideView
 from memory_models.checks import check_sizes
 from memory_models.stats import record
 from memory_models.transformer import Past, Place, SegmentAttention, SegmentCache, append_to_cache
+from memory_models.transforms import needs_plain_operators
 
 
 class Retrieved(NamedTuple):
@@ -103,7 +104,7 @@ def _read_state(asked: Tensor, memory: PairMemory, topk: int, age_bias: AgeBias 
         bias = age_bias(torch.arange(held, device=asked.device)).to(asked.dtype)
         bias = bias.unflatten(0, (memory.keys.shape[1], -1))
     keys, values = memory.keys.detach(), memory.values.detach()
-    read = attend_portably if torch.compiler.is_exporting() else attend
+    read = attend_portably if needs_plain_operators() else attend
     output, total, slots, weights = read(asked, keys, values, memory.total, topk, bias)
     ages = (memory.total[:, None, None, None] - 1 - slots) % max(held, 1)
     none = torch.arange(slots.shape[-1], device=slots.device) >= memory.held()[:, None, None, None]
