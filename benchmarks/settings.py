@@ -28,7 +28,8 @@ from benchmarks.members import code_digest, known_options
 from benchmarks.provenance import version_of
 from benchmarks.results import plain, run_id
 from memory_models.lm import MemoryLM
-from memory_models.models import config_fields
+from memory_models.models import check_options, config_fields
+from memory_models.options import check_types
 from memory_models.registry import nearest
 
 if TYPE_CHECKING:
@@ -361,6 +362,7 @@ def _replace(settings: TrainSettings, changes: Mapping[str, Any]) -> TrainSettin
     for name in changes:
         if name not in names:
             raise ValueError(f"no training setting {name!r}. {nearest(name, names)}")
+    check_types(TrainSettings, changes)
     return dataclasses.replace(settings, **changes)
 
 
@@ -383,4 +385,6 @@ def _model_options(
     for name in options:
         if name not in known:
             raise ValueError(f"model {model!r} has no option {name!r}. {nearest(name, known)}")
+    # Here, because a "no" that a model took for a yes would be trained for hours.
+    check_options(model, options)
     return options

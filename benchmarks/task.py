@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.groups import weights
 from memory_models.lm import IGNORED_LABEL
+from memory_models.options import check_types
 from memory_models.registry import Named, Registry, nearest
 
 IGNORED = IGNORED_LABEL
@@ -338,6 +339,7 @@ def _known_options(task_class: type[Task], options: dict[str, Any]) -> dict[str,
     for option in options:
         if option not in known:
             raise TypeError(f"task {task_class.name!r} has no option {option!r}. {nearest(option, known)}")
+    check_types(task_class.Config, options)
     return options
 
 

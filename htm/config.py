@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from memory_models.transformer import TransformerConfig, resolve_layers
@@ -38,6 +39,8 @@ class HTMConfig(TransformerConfig):
         for name in ("memory_heads", "memory_dim_head"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.init_scale is not None and not 0 < self.init_scale < math.inf:
+            raise ValueError(f"init_scale ({self.init_scale}) must be positive, or None for torch's default")
         # A wrong layer is to be heard of here, not at the first call.
         _ = self.layers_with_memory
 

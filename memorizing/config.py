@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from memory_models.transformer import TransformerConfig, resolve_layers
 
 COMBINE = ("gate", "softmax")
 STORES = ("state", "outside")
+INDEXES = ("exact", "ivf", "auto")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -66,12 +69,34 @@ class MemorizingConfig(TransformerConfig):
                 raise ValueError(
                     f"{name} ({getattr(self, name)!r}) must be one of {', '.join(map(repr, known))}"
                 )
+        self._check_store()
         if self.gate_network and self.combine != "gate":
             raise ValueError(f"gate_network needs combine='gate', got combine={self.combine!r}")
         if self.xl_shift and self.xl_cache == 0:
             raise ValueError("xl_shift needs a cache: give xl_cache at least 1")
         # A wrong layer is to be heard of here, not at the first call.
         _ = self.layers_with_memory
+
+    def _check_store(self) -> None:
+        # A wrong store is to be heard of here, not at the first commit.
+        if self.store_device is not None:
+            try:
+                device = torch.device(self.store_device)
+            except RuntimeError as error:
+                raise ValueError(f"store_device ({self.store_device!r}) is no device: {error}") from None
+            if device.type == "meta":
+                raise ValueError("store_device ('meta') holds no values")
+        if self.store_index not in INDEXES:
+            # Imported here, for Faiss comes with it.
+            from memorizing.knn.faiss_engine import make_index
+
+            try:
+                make_index(self.store_index, self.head_width, "ip")
+            except ValueError as error:
+                raise ValueError(
+                    f"store_index ({self.store_index!r}) must be one of {', '.join(map(repr, INDEXES))} or a "
+                    f"factory string of Faiss: {error}"
+                ) from None
 
     @property
     def stores(self) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from memory_models.lm import MemoryLM
 from memory_models.module import MemoryModule
+from memory_models.options import check_types
 from memory_models.registry import Registry, import_target, nearest
 
 ENTRY_POINTS = "memory_models.models"
@@ -137,7 +138,8 @@ def create(name: str, **options: Any) -> MemoryModule[Any]:
 
     Raises:
         LookupError: for an unknown name; the message names the nearest.
-        TypeError: for an unknown option; the message names the nearest.
+        TypeError: for an unknown option; the message names the nearest. Or for a value of another type than
+            the option's annotation.
         ValueError: for a value out of range.
     """
     model_class = models.load(name)
@@ -166,11 +168,26 @@ def create_lm(name: str, *, vocab_size: int, **options: Any) -> MemoryLM:
     Raises:
         LookupError, TypeError, ValueError: as `create`.
     """
-    _check_options(name, options, {*config_fields(name), *_LM_OPTIONS})
+    check_options(name, options)
+    check_types(MemoryLM.__init__, {"vocab_size": vocab_size})
     own = {key: options.pop(key) for key in _LM_OPTIONS if key in options}
     model = MemoryLM(create(name, **options), vocab_size=vocab_size, **own)
     model.__dict__[_RECIPE] = {"vocab_size": vocab_size, **own}
     return model
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse what `create_lm` would not take as options of a model, as to names and types.
+
+    Raises:
+        TypeError: for an unknown option, or for a value of another type.
+        ValueError: for another string than those an option may have.
+    """
+    config_class = _config_class(name, models.load(name))
+    _check_names(name, options, {*(field.name for field in dataclasses.fields(config_class)), *_LM_OPTIONS})
+    own = {key: value for key, value in options.items() if key in _LM_OPTIONS}
+    check_types(MemoryLM.__init__, own)
+    check_types(config_class, {key: value for key, value in options.items() if key not in own})
 
 
 def config_fields(name: str) -> dict[str, Any]:
@@ -208,11 +225,13 @@ def build(description: dict[str, Any]) -> MemoryModule[Any] | MemoryLM:
 
 def _make_config(name: str, model_class: Any, options: dict[str, Any]) -> Any:
     config_class = _config_class(name, model_class)
-    _check_options(name, options, {field.name for field in dataclasses.fields(config_class)})
+    _check_names(name, options, {field.name for field in dataclasses.fields(config_class)})
+    # Before the config, which compares values; and for configs of other distributions, which check none.
+    check_types(config_class, options)
     return config_class(**options)
 
 
-def _check_options(name: str, options: Iterable[str], known: Collection[str]) -> None:
+def _check_names(name: str, options: Iterable[str], known: Collection[str]) -> None:
     for option in options:
         if option not in known:
             raise TypeError(f"unknown option {option!r} for model {name!r}. {nearest(option, known)}")

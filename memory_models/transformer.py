@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from memory_models.options import check_types
 from memory_models.ring import append
 from memory_models.state import Memory, memory_state
 
@@ -49,6 +50,7 @@ class TransformerConfig:
     """Build the last layer for matching: cosine, no positions, keys from the previous token."""
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         for name in ("dim", "depth", "heads", "segment_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")

@@ -18,6 +18,7 @@ from memory_models.checkpoints import CheckpointError
 from memory_models.hf.adapter import WEIGHTS_FILE, MemoryAdapter, read_attached
 from memory_models.hf.attached import CHILD, Attached
 from memory_models.models import config_fields, create, describe
+from memory_models.options import check_types
 from memory_models.transformer import resolve_layers
 
 # What the list of layers is called in the decoders of transformers.
@@ -67,7 +68,7 @@ def attach(
         The handle, which carries the memory from call to call, saves and removes it.
 
     Raises:
-        TypeError: if `model` is not a model of transformers, or for an unknown option.
+        TypeError: if `model` is not a model of transformers, for an unknown option, or for a wrong type.
         LookupError: for an unknown memory; the message names the nearest.
         ValueError: if it is no decoder model, has a memory already, or has not those layers.
     """
@@ -77,6 +78,7 @@ def attach(
     if layers is None:
         chosen: tuple[int, ...] = (max(0, math.floor(0.75 * len(blocks) + 0.5) - 1),)
     else:
+        check_types(attach, {"layers": layers})
         try:
             chosen = tuple(sorted(resolve_layers(layers, len(blocks))))
         except ValueError as error:

@@ -74,6 +74,9 @@ def test_run_prints_the_scores_and_is_not_done_twice(
         (["--model", TINY, "--task", "recall", "--set", "steps"], "key=value"),
         (["--model", TINY, "--task", "recall", "--set", "stepz=3"], "Did you mean 'steps'"),
         (["--model", TINY, "--task", "recall", "--data", "x"], "no option 'data'"),
+        (["--model", "window", "--task", "recall", "--set", "model.token_shift=no"], "true or false"),
+        (["--model", "window", "--task", "recall", "--set", "steps=many"], "steps ('many') must be an int"),
+        (["--model", "window", "--task", "recall", "--set", "segment_length=8.0"], "must be an int"),
         (["--model", TINY, "--task", "recall", "--set", "model.stepz=3"], "no option 'stepz'"),
     ],
 )

@@ -301,3 +301,9 @@ def test_what_generate_cannot_do_with_a_memory_says_so(option: dict[str, Any], m
         model.generate(ids, max_new_tokens=6, **GREEDY, **option)
     # A failed call leaves nothing behind.
     assert model.generate(ids, max_new_tokens=2, **GREEDY).shape == (1, 10)
+
+
+def test_layers_that_are_no_sequence_of_ints_are_refused() -> None:
+    for layers in (2, (0.0,)):
+        with pytest.raises(TypeError, match=r"layers \(.*\) must be a sequence of ints or None"):
+            attached_to(base(), layers=layers)

@@ -135,6 +135,15 @@ def test_a_language_models_own_options_are_suggested_too() -> None:
         ("htm", {"memory_layers": (1, 1)}, "must name different layers"),
         ("htm", {"memory_layers": (4,)}, "must name different layers of 0 to 3"),
         ("htm", {"memory_layers": (3, -1)}, "must name different layers"),
+        ("htm", {"init_scale": 0}, r"init_scale \(0\) must be positive, or None"),
+        ("htm", {"init_scale": -1.0}, r"init_scale \(-1\.0\) must be positive"),
+        (
+            "memorizing",
+            {"store_index": "zzz"},
+            r"store_index \('zzz'\) must be one of 'exact', 'ivf',",
+        ),
+        ("memorizing", {"store_device": "gpu"}, r"store_device \('gpu'\) is no device"),
+        ("memxl", {"gate": "grru"}, r"gate \('grru'\) must be one of 'gru', 'nbrc'"),
         ("full", {"context": -1}, r"context \(-1\) must not be negative"),
         ("transformer-xl", {"cache": -1}, r"cache \(-1\) must not be negative"),
         ("gru", {"hidden": 0}, r"hidden \(0\) must be at least 1"),
@@ -145,6 +154,40 @@ def test_a_language_models_own_options_are_suggested_too() -> None:
 def test_values_out_of_range_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("window", {"token_shift": "no"}, r"token_shift \('no'\) must be true or false \(a bool\)"),
+        ("window", {"token_shift": 1}, r"token_shift \(1\) must be true or false"),
+        ("window", {"dim": 16.0}, r"dim \(16\.0\) must be an int"),
+        ("window", {"depth": True}, r"depth \(True\) must be an int"),
+        ("window", {"dropout": "0.1"}, r"dropout \('0\.1'\) must be a float"),
+        ("window", {"dim_head": "8"}, r"dim_head \('8'\) must be an int or None"),
+        ("gru", {"segment_length": 8.0}, r"segment_length \(8\.0\) must be an int"),
+        ("htm", {"topk": "abc"}, r"topk \('abc'\) must be an int"),
+        ("htm", {"memory_layers": 1}, r"memory_layers \(1\) must be a tuple\[int, \.\.\.\] or None"),
+        ("htm", {"memory_layers": (0.0,)}, r"memory_layers \(\(0\.0,\)\) must be a tuple"),
+        ("memorizing", {"store": None}, r"store \(None\) must be a string"),
+        (TOY, {"dim": "8"}, r"dim \('8'\) must be an int"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name: str, options: dict[str, Any], message: str) -> None:
+    for make in (create, lambda name, **given: create_lm(name, vocab_size=4, **given)):
+        with pytest.raises(TypeError, match=message):
+            make(name, **options)
+
+
+def test_a_language_models_own_options_have_types_too() -> None:
+    with pytest.raises(TypeError, match=r"tie_embeddings \('no'\) must be true or false"):
+        create_lm("window", vocab_size=4, tie_embeddings="no")
+    with pytest.raises(TypeError, match=r"vocab_size \('4'\) must be an int"):
+        create_lm("window", vocab_size="4")  # type: ignore[arg-type]
+
+
+def test_an_int_will_do_as_a_float_and_a_list_as_a_tuple() -> None:
+    create("htm", dim=16, heads=2, dropout=0, init_scale=1, memory_layers=[0, -1])
 
 
 def test_options_reach_the_config() -> None:
