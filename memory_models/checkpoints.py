@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zlib
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from memory_models.state import Memory, is_static
 
 FORMAT = "memory-models"
 FORMAT_VERSION = 1
+_CHECKSUM = "crc32"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 M = TypeVar("M", bound=Memory)
@@ -147,11 +149,12 @@ def library_version() -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Write a safetensors file by `replace_file`.
+    """Write a safetensors file with a checksum, by `replace_file`.
 
     Raises:
         OSError: if the disk refuses; the old file stays as it was.
     """
+    about = {**about, _CHECKSUM: _of_content(about, tensors)}
 
     def write(part: Path) -> None:
         try:
@@ -169,19 +172,42 @@ def read_tensors(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is damaged or of another kind.
+        CheckpointError: if it is damaged or of another kind. In a file without a checksum, as others write
+            them and this library did, changed numbers go unnoticed.
     """
     if not path.exists():
         raise FileNotFoundError(f"no such checkpoint file: {path}")
 
     def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-        with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = file.metadata() or {}
+        found = about.pop(_CHECKSUM, None)
+        if found is not None and found != _of_content(about, tensors):
+            raise CheckpointError(f"{path} is damaged: its checksum does not fit its content")
+        return tensors, about
 
     try:
-        return read_file(path, read)
+        tensors, about = read_file(path, read)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, about
+
+
+def checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    """Eight hex digits that change with the text and with any name or number of the tensors."""
+    value = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        value = zlib.crc32(name.encode(), value)
+        # As bytes, for numpy has no bfloat16.
+        value = zlib.crc32(tensors[name].cpu().flatten().view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
+
+
+def _of_content(about: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    # Bytes alone would not tell one dtype from another of its width.
+    forms = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    return checksum(json.dumps([about, forms], sort_keys=True), tensors)
 
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:

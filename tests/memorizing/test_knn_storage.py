@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,25 @@ def test_a_damaged_file_is_refused(tmp_path, place):
     content[int(place * len(content))] ^= 0x10
     path.write_bytes(content)
     with pytest.raises(MemoryFileError):
+        KNNMemory.load(path)
+
+
+def test_a_file_of_the_first_version_is_read_and_its_checksum_compared(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "memory"
+    filled().save(path)
+    with safe_open(path, framework="pt") as file:
+        about = {key: file.metadata()[key] for key in ("format", "description")} | {"version": "1"}
+    tensors = load_file(path)
+    value = zlib.crc32(about["description"].encode())
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].numpy().tobytes(), zlib.crc32(name.encode(), value))
+    save_file(tensors, path, metadata=about | {"checksum": f"{value:08x}"})
+    assert len(KNNMemory.load(path)) == len(filled())
+    save_file(tensors, path, metadata=about | {"checksum": f"{value ^ 1:08x}"})
+    with pytest.raises(MemoryFileError, match="its checksum does not fit its content"):
         KNNMemory.load(path)
 
 

@@ -195,6 +195,18 @@ def test_damaged_files_are_refused(damage: str, tmp_path: Path) -> None:
         load_memory(path, counter())
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_a_flipped_byte_of_the_weights_is_refused(share: float, tmp_path: Path) -> None:
+    save_model(small_lm("window"), tmp_path)
+    path = tmp_path / WEIGHTS_FILE
+    content = bytearray(path.read_bytes())
+    begin = 8 + int.from_bytes(content[:8], "little")
+    content[begin + int(share * (len(content) - 1 - begin))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged: its checksum does not fit its content"):
+        load_model(tmp_path)
+
+
 def test_weights_of_another_shape_or_name_are_refused(tmp_path: Path) -> None:
     save_model(create("gru", dim=8, depth=1, hidden=4), tmp_path)
     edit_config(tmp_path, options={"dim": 8, "depth": 1, "hidden": 5})

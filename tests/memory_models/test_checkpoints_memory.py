@@ -82,6 +82,8 @@ def rewrite(path: Path, tensors: dict[str, Tensor] | None = None, **about: str) 
     """The same file with other tensors or other metadata."""
     with checkpoints.safe_open(path, framework="pt") as file:
         kept = file.metadata() | about
+    # As somebody might who writes such files; with the old checksum it would be a damaged one.
+    del kept["crc32"]
     save_file(load_file(path) if tensors is None else tensors, path, metadata=kept)
 
 
@@ -117,6 +119,23 @@ def test_a_memory_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     rewrite(path, good | {"value": torch.ones(2, 3).long()})
     refused(r"value is torch\.int64, expected torch\.float32")
     assert_same(load_memory(path, counter()), counter())
+
+
+def test_a_flipped_byte_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_memory(counter(), path)
+    whole = path.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    for place in range(begin, len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match="is damaged: its checksum does not fit its content"):
+            load_memory(path, counter())
+
+
+def test_a_memory_without_a_checksum_can_be_read(tmp_path: Path) -> None:
+    save_memory(counter(), tmp_path / "m")
+    rewrite(tmp_path / "m")
+    assert_same(load_memory(tmp_path / "m", counter()), counter())
 
 
 @pytest.mark.parametrize(
