@@ -75,7 +75,9 @@ def load_model(
     Raises:
         FileNotFoundError: if the folder or one of its two files is missing.
         CheckpointError: if a file is damaged, of another version, or does not fit the model.
+        ValueError: if nothing can be put on `device`.
     """
+    _check_device(device)
     folder = Path(folder)
     config = _read_config(folder / CONFIG_FILE)
     try:
@@ -208,6 +210,15 @@ def _of_content(about: dict[str, str], tensors: dict[str, Tensor]) -> str:
     # Bytes alone would not tell one dtype from another of its width.
     forms = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
     return checksum(json.dumps([about, forms], sort_keys=True), tensors)
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    try:
+        usable = torch.empty(0, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"nothing can be put on device {str(device)!r} here: {error}") from error
+    if not usable:
+        raise ValueError("device 'meta' holds no values, so that nothing can be loaded to it")
 
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:

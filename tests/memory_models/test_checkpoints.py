@@ -207,6 +207,14 @@ def test_a_flipped_byte_of_the_weights_is_refused(share: float, tmp_path: Path) 
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_no_fault_of_the_file(device: str, tmp_path: Path) -> None:
+    save_model(small("gru"), tmp_path)
+    with pytest.raises(ValueError, match=f"device '{device}'") as caught:
+        load_model(tmp_path, device=device)
+    assert not isinstance(caught.value, CheckpointError)
+
+
 def test_weights_of_another_shape_or_name_are_refused(tmp_path: Path) -> None:
     save_model(create("gru", dim=8, depth=1, hidden=4), tmp_path)
     edit_config(tmp_path, options={"dim": 8, "depth": 1, "hidden": 5})
