@@ -47,7 +47,8 @@ def save_model(model: MemoryModule[Any] | MemoryLM, folder: str | os.PathLike[st
         folder: made if it is not there; files in it are replaced one by one, each atomically.
 
     Raises:
-        ValueError: if the model was not made from the registry, so that it could not be built again.
+        ValueError: if the model was not made from the registry, so that it could not be built again, or was
+            changed since, so that its weights would not fit.
         OSError: if the disk refuses.
     """
     folder = Path(folder)
@@ -57,8 +58,9 @@ def save_model(model: MemoryModule[Any] | MemoryLM, folder: str | os.PathLike[st
         "library_version": library_version(),
         **describe(model),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = _unshared(model)
+    _check_unchanged(model, tensors)
+    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     # The weights carry the options too: a stop between the two files must not marry the new weights to
     # the options of another model.
@@ -225,13 +227,32 @@ def _unshared(model: nn.Module) -> dict[str, Tensor]:
     # Tied weights have two names; safetensors keeps the first.
     kept: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        # On meta nothing lies anywhere; there the object itself tells.
+        key = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)
         if tensor.numel() and key in seen:
             continue
         seen.add(key)
         kept[name] = tensor.detach().contiguous()
     return kept
+
+
+def _check_unchanged(model: MemoryModule[Any] | MemoryLM, tensors: dict[str, Tensor]) -> None:
+    """Refuse a model whose tensors are not those of the model that its description builds."""
+    # Fresh weights are drawn, which must not change what the caller draws next.
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                built = build(describe(model))
+        except Exception:
+            # A module of somebody else's may need values to be built.
+            built = build(describe(model))
+    misfit = _misfit(_unshared(built), tensors)
+    if misfit:
+        raise ValueError(
+            f"this {type(model).__name__} was changed since it was made, so that it could not be loaded again: "
+            f"{misfit}; undo the change, or save its state_dict yourself"
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -272,25 +293,28 @@ def _check_version(path: Path, version: Any) -> None:
 def _check_tensors(
     path: Path, expected: dict[str, Tensor], found: dict[str, Tensor], *, rows_may_differ: bool = False
 ) -> None:
+    misfit = _misfit(expected, found, rows_may_differ=rows_may_differ)
+    if misfit:
+        raise CheckpointError(f"{path} does not fit: {misfit}")
+
+
+def _misfit(
+    expected: dict[str, Tensor], found: dict[str, Tensor], *, rows_may_differ: bool = False
+) -> str | None:
     missing, odd = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or odd:
-        raise CheckpointError(
-            f"{path} does not fit: missing {missing or 'nothing'}, unexpected {odd or 'nothing'}"
-        )
+        return f"missing {missing or 'nothing'}, unexpected {odd or 'nothing'}"
     skip = 1 if rows_may_differ else 0
     rows = {tensor.shape[0] for tensor in found.values()} if rows_may_differ else set()
     if len(rows) > 1:
-        raise CheckpointError(f"{path} does not fit: its tensors have {sorted(rows)} rows")
+        return f"its tensors have {sorted(rows)} rows"
     for name, tensor in expected.items():
         if found[name].shape[skip:] != tensor.shape[skip:]:
-            raise CheckpointError(
-                f"{path} does not fit: {name} is {list(found[name].shape)}, expected {list(tensor.shape)}"
-            )
+            return f"{name} is {list(found[name].shape)}, expected {list(tensor.shape)}"
         both_floating = found[name].is_floating_point() and tensor.is_floating_point()
         if rows_may_differ and found[name].dtype != tensor.dtype and not both_floating:
-            raise CheckpointError(
-                f"{path} does not fit: {name} is {found[name].dtype}, expected {tensor.dtype}"
-            )
+            return f"{name} is {found[name].dtype}, expected {tensor.dtype}"
+    return None
 
 
 def _static_fields(memory: Memory) -> str:

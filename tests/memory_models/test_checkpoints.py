@@ -113,6 +113,43 @@ def test_what_cannot_be_built_again_is_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "another head": (
+        lambda lm: setattr(lm, "head", torch.nn.Linear(16, 3)),
+        r"missing nothing, unexpected \['head\.bias', 'head\.weight'\]",
+    ),
+    "a head untied": (
+        lambda lm: setattr(lm, "head", torch.nn.Linear(16, lm.vocab_size, bias=False)),
+        r"unexpected \['head\.weight'\]",
+    ),
+    "another part": (lambda lm: lm.add_module("value", torch.nn.Linear(2, 1)), r"unexpected \['value\.bias"),
+    "a longer embedding": (
+        lambda lm: setattr(lm.embedding, "weight", torch.nn.Parameter(torch.zeros(99, 16))),
+        "unexpected",
+    ),
+    "weight norm": (
+        lambda lm: torch.nn.utils.parametrizations.weight_norm(lm.module.trunk.feedforwards[0].to_out),
+        r"missing \['module\.trunk\.feedforwards\.0\.to_out\.weight'\], unexpected .*original0",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_could_not_be_loaded_again_is_not_saved(change: str, tmp_path: Path) -> None:
+    model = small_lm("window")
+    change_it, message = CHANGES[change]
+    change_it(model)
+    with pytest.raises(ValueError, match=f"was changed since it was made.*{message}"):
+        save_model(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_saving_draws_no_random_numbers(tmp_path: Path) -> None:
+    model, state = small_lm("memxl"), torch.get_rng_state()
+    save_model(model, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("missing", [CONFIG_FILE, WEIGHTS_FILE, "both"])
 def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
     save_model(small("gru"), tmp_path)
