@@ -26,6 +26,7 @@ from memory_models.lm import MemoryLM
 from memory_models.models import build, describe
 from memory_models.module import MemoryModule
 from memory_models.state import Memory, is_static
+from memory_models.wrapped import unwrapped
 
 FORMAT = "memory-models"
 FORMAT_VERSION = 1
@@ -43,7 +44,8 @@ def save_model(model: MemoryModule[Any] | MemoryLM, folder: str | os.PathLike[st
     """Write a registered model's options and weights.
 
     Args:
-        model: made by `create` or `create_lm`.
+        model: made by `create` or `create_lm`; what `torch.compile` or `DistributedDataParallel` put around it
+            is left out.
         folder: made if it is not there; files in it are replaced one by one, each atomically.
 
     Raises:
@@ -51,7 +53,7 @@ def save_model(model: MemoryModule[Any] | MemoryLM, folder: str | os.PathLike[st
             changed since, so that its weights would not fit.
         OSError: if the disk refuses.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), unwrapped(model)
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

@@ -14,6 +14,7 @@ from memory_models.advance import advance, pieces
 from memory_models.checks import check_tensor
 from memory_models.lm import MemoryLM
 from memory_models.state import Memory
+from memory_models.wrapped import unwrapped
 
 Sample = Callable[[Tensor], Tensor]
 
@@ -126,7 +127,7 @@ def generate(
     logits equal those of one teacher-forced pass. The model is run in evaluation mode and set back.
 
     Args:
-        model: a language model.
+        model: a language model; what `torch.compile` or `DistributedDataParallel` put around it is left out.
         prompt: int64 `[batch, time]`, at least one token in each row.
         max_new_tokens: most tokens to yield.
         memory: what came before the prompt; its open segment goes on.
@@ -150,6 +151,8 @@ def generate(
         raise ValueError(f"prompt must be [batch, time] with at least one token, got {tuple(prompt.shape)}")
     if lengths is not None:
         _check_lengths(lengths, prompt)
+    # A compiled model would be compiled again for each length, and processes would wait for each other.
+    model = unwrapped(model)
     return _steps(model, prompt, max_new_tokens, memory, lengths, sample, _ids(stop, prompt.device))
 
 

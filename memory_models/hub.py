@@ -28,6 +28,7 @@ from memory_models.lm import MemoryLM
 from memory_models.models import describe
 from memory_models.module import MemoryModule
 from memory_models.state import Memory
+from memory_models.wrapped import unwrapped
 
 Model: TypeAlias = MemoryModule[Any] | MemoryLM
 
@@ -44,7 +45,7 @@ def save_pretrained(model: Model, folder: str | os.PathLike[str], *, memory: Mem
     """Write a model's options and weights, and a memory beside them.
 
     Args:
-        model: made by `create` or `create_lm`.
+        model: made by `create` or `create_lm`, compiled or not.
         folder: made if it is not there. A memory that an earlier model left in it is removed first: whenever
             this is stopped, no memory stands beside weights that did not write it.
         memory: what the model returned, or None for no memory.
@@ -52,6 +53,7 @@ def save_pretrained(model: Model, folder: str | os.PathLike[str], *, memory: Mem
     Raises:
         ValueError: if the model was not made from the registry, so that it could not be built again.
     """
+    model = unwrapped(model)
     describe(model)
     folder = Path(folder)
     for name in (MEMORY_FILE, STORE_FILE):
@@ -180,7 +182,7 @@ def push_to_hub(
     """
     hub = _import_hub()
     # Here, because the mixin makes the repository before it asks for the files.
-    member = describe(model)["model"]
+    member = describe(unwrapped(model))["model"]
 
     class Upload(hub.ModelHubMixin, library_name="memory-models", tags=["memory-models", member]):  # type: ignore[name-defined, call-arg]
         def _save_pretrained(self, save_directory: Path) -> None:

@@ -11,6 +11,7 @@ from memory_models.checks import check_flags, check_reset, check_tensor
 from memory_models.lm import MemoryLM
 from memory_models.module import MemoryModule
 from memory_models.state import Memory
+from memory_models.wrapped import unwrapped
 
 
 def unroll(
@@ -30,7 +31,8 @@ def unroll(
     would give alone.
 
     Args:
-        model: a memory module (`x` is `[batch, time, dim]`) or a language model (`[batch, time]` ids).
+        model: a memory module (`x` is `[batch, time, dim]`) or a language model (`[batch, time]` ids),
+            also in `torch.compile` or `DistributedDataParallel`.
         x: input of any length.
         memory: where to go on; if its segment is still open, the first piece completes it.
         mask: bool `[batch, time]`, false at padding, anywhere in a row.
@@ -48,12 +50,16 @@ def unroll(
         ValueError: if `segment` or `detach_every` is out of range, if shapes disagree, or if the rows of an
             open segment differ in length, so that no one cut completes them all.
     """
+    # A wrapper is called, so that it does its part, but knows nothing of segments.
+    inner = unwrapped(model)
+    if not hasattr(inner, "segment_length"):
+        raise TypeError(f"unroll takes a MemoryModule or a MemoryLM, got {type(inner).__name__}")
     check_tensor("x", x)
     if x.dim() < 2:
         raise ValueError(f"unroll takes x [batch, time, ...], got {tuple(x.shape)}")
-    length = model.segment_length if segment is None else segment
-    if not 1 <= length <= model.segment_length:
-        raise ValueError(f"segment ({length}) must lie between 1 and segment_length ({model.segment_length})")
+    length = inner.segment_length if segment is None else segment
+    if not 1 <= length <= inner.segment_length:
+        raise ValueError(f"segment ({length}) must lie between 1 and segment_length ({inner.segment_length})")
     if detach_every is not None and detach_every < 1:
         raise ValueError(f"detach_every ({detach_every}) must be at least 1, or None for full gradients")
     # Here, because slices of a mask that is too long would fit.
@@ -68,7 +74,6 @@ def unroll(
     back = None
     if mask is not None:
         x, mask, reset, back = _packed(x, mask, reset)
-    module = model.module if isinstance(model, MemoryLM) else model
     outputs, begin, ended = [], 0, 0
     # An open segment may be longer than `segment`; then it ends before the first token.
     room = max(0, length - _open(memory))
@@ -88,7 +93,7 @@ def unroll(
         )
         outputs.append(out[0])
         # Between segments is when an outside store is written.
-        memory = out[1] if ends is False else module.commit(out[1])
+        memory = out[1] if ends is False else inner.commit(out[1])
         if last:
             break
         ended += 1
