@@ -44,8 +44,8 @@ def save_model(model: MemoryModule[Any] | MemoryLM, folder: str | os.PathLike[st
     """Write a registered model's options and weights.
 
     Args:
-        model: made by `create` or `create_lm`; what `torch.compile` or `DistributedDataParallel` put around it
-            is left out.
+        model: made by `create` or `create_lm`; what `torch.compile` or `DistributedDataParallel` put around
+            it is left out.
         folder: made if it is not there; files in it are replaced one by one, each atomically.
 
     Raises:
@@ -125,9 +125,14 @@ def load_memory(path: str | os.PathLike[str], like: M) -> M:
             structure, the floating dtypes and the device; the number of rows comes from the file.
 
     Raises:
+        TypeError: if `like` is no memory.
         FileNotFoundError: if there is no such file.
         CheckpointError: if the file is damaged, no memory, of another version, or does not fit `like`.
     """
+    if not isinstance(like, Memory):
+        raise TypeError(
+            f"load_memory takes a memory to go by, such as model.init_memory(1), got a {type(like).__name__}"
+        )
     path = Path(path)
     leaves = like.tensors()
     device = next(iter(leaves.values())).device
@@ -252,8 +257,8 @@ def _check_unchanged(model: MemoryModule[Any] | MemoryLM, tensors: dict[str, Ten
     misfit = _misfit(_unshared(built), tensors)
     if misfit:
         raise ValueError(
-            f"this {type(model).__name__} was changed since it was made, so that it could not be loaded again: "
-            f"{misfit}; undo the change, or save its state_dict yourself"
+            f"this {type(model).__name__} was changed since it was made, so that it could not be loaded "
+            f"again: {misfit}; undo the change, or save its state_dict yourself"
         )
 
 

@@ -15,8 +15,10 @@ R = TypeVar("R")
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a new file, then put it in the place of `path` in one step.
 
-    The data reach the disk before the name does. If anything fails the old file stays as it was.
+    The data reach the disk before the name does. If anything fails the old file stays as it was. Where `path`
+    is a symbolic link, the file that it leads to is replaced.
     """
+    path = path.resolve()
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     part = Path(name)

@@ -78,6 +78,24 @@ def test_a_missing_memory_is_named(tmp_path: Path) -> None:
         load_memory(tmp_path / "nothing.safetensors", counter())
 
 
+def test_a_model_in_place_of_its_memory_is_answered_with_the_way_out(tmp_path: Path) -> None:
+    model = small("window")
+    save_memory(model.init_memory(2), tmp_path / "m")
+    with pytest.raises(TypeError, match=r"such as model\.init_memory\(1\), got a Window"):
+        load_memory(tmp_path / "m", model)  # type: ignore[type-var]
+
+
+def test_a_link_goes_on_leading_to_what_was_saved(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link, target = tmp_path / "m", tmp_path / "disk" / "target"
+    link.symlink_to(target)
+    for value in (1.0, 2.0):
+        save_memory(counter(value), link)
+        assert link.is_symlink()
+        assert_same(load_memory(target, counter()), counter(value))
+    assert [file.name for file in (tmp_path / "disk").iterdir()] == ["target"]
+
+
 def rewrite(path: Path, tensors: dict[str, Tensor] | None = None, **about: str) -> None:
     """The same file with other tensors or other metadata."""
     with checkpoints.safe_open(path, framework="pt") as file:
