@@ -8,6 +8,7 @@ in the reference code of Dai et al. 2019 (arXiv:1901.02860), with rotary in plac
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memory_models.module import MemoryModule
 from memory_models.ring import append
@@ -79,8 +81,6 @@ class TransformerXL(MemoryModule[TransformerXLMemory]):
 
     def __init__(self, config: TransformerXLConfig) -> None:
         super().__init__()
-        from x_transformers.x_transformers import Attention
-
         self.config = config
         self.dim, self.segment_length = config.dim, config.segment_length
         self.shift = TokenShift(config.dim) if config.token_shift else None
@@ -89,15 +89,7 @@ class TransformerXL(MemoryModule[TransformerXLMemory]):
             matching = config.matching_layer and layer == config.depth - 1
             self.norms.append(nn.Identity() if matching else nn.RMSNorm(config.dim))
             self.attentions.append(
-                SegmentAttention(config, matching=True)
-                if matching
-                else Attention(
-                    config.dim,
-                    dim_head=config.head_width,
-                    heads=config.heads,
-                    dropout=config.dropout,
-                    flash=True,
-                )
+                SegmentAttention(config, matching=True) if matching else _plain_attention(config)
             )
         self.feedforwards = nn.ModuleList(
             FeedForward(config.dim, config.feedforward_width, dropout=config.dropout)
@@ -187,6 +179,23 @@ class TransformerXL(MemoryModule[TransformerXLMemory]):
             rotary_pos_emb=_angles(place.positions, self.config.head_width, x),
             context_rotary_pos_emb=_angles(positions[None], self.config.head_width, x),
         )
+
+
+def _plain_attention(config: TransformerXLConfig) -> nn.Module:
+    from x_transformers.x_transformers import Attention
+
+    attention = Attention(
+        config.dim, dim_head=config.head_width, heads=config.heads, dropout=config.dropout, flash=True
+    )
+    # x-transformers keeps members of an enumeration of torch's that cannot be pickled, and a model that holds
+    # them could not be sent to another process.
+    attention.attend.sdp_context_manager = _kernels
+    return attention
+
+
+def _kernels() -> AbstractContextManager[None]:
+    # Those that x-transformers allows.
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION])
 
 
 def _angles(positions: Tensor, width: int, like: Tensor) -> tuple[Tensor, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.metadata
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -259,3 +260,13 @@ def test_what_was_not_made_from_the_registry_cannot_be_described() -> None:
     for model in (Mean(), MemoryLM(Mean(), vocab_size=2), MemoryLM(small("window"), vocab_size=2)):
         with pytest.raises(ValueError, match=r"was not made by create or create_lm.*save its state_dict"):
             describe(model)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_pickled_member_is_the_same(name: str) -> None:
+    model = small_lm(name)
+    other = pickle.loads(pickle.dumps(model))
+    tokens = torch.arange(2 * 9).view(2, 9) % 5
+    with torch.no_grad():
+        assert torch.equal(unroll(other, tokens)[0], unroll(model, tokens)[0])
+    assert describe(other) == describe(model)
