@@ -112,7 +112,7 @@ def _at_least_float32(logits: Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def generate(
-    model: MemoryLM,
+    model: MemoryLM | Callable[..., Any],
     prompt: Tensor,
     *,
     max_new_tokens: int,
@@ -152,8 +152,8 @@ def generate(
     if lengths is not None:
         _check_lengths(lengths, prompt)
     # A compiled model would be compiled again for each length, and processes would wait for each other.
-    model = unwrapped(model)
-    return _steps(model, prompt, max_new_tokens, memory, lengths, sample, _ids(stop, prompt.device))
+    inner = unwrapped(model)
+    return _steps(inner, prompt, max_new_tokens, memory, lengths, sample, _ids(stop, prompt.device))
 
 
 def _check_lengths(lengths: Tensor, prompt: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -138,6 +138,20 @@ class MemoryLM(Pretrained, nn.Module):
         logits = self.head(y)
         loss = None if labels is None else cross_entropy(logits, labels)
         return LMOutput(logits, memory, loss, gathered)
+
+    if TYPE_CHECKING:
+        # torch's own says Any of what comes out.
+        def __call__(
+            self,
+            tokens: Tensor,
+            memory: Memory | None = None,
+            *,
+            mask: Tensor | None = None,
+            reset: Tensor | None = None,
+            close: bool | Tensor = True,
+            labels: Tensor | None = None,
+            stats: bool = False,
+        ) -> LMOutput: ...
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ implements three methods: `init_memory`, `read` and `write`.
 from __future__ import annotations
 
 from types import FunctionType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -111,6 +111,18 @@ class MemoryModule(Pretrained, nn.Module, Generic[M]):
         if isinstance(close, Tensor):
             return y, self.write(memory).where(close, memory)
         return y, self.write(memory) if close else memory
+
+    if TYPE_CHECKING:
+        # torch's own says Any of what comes out.
+        def __call__(
+            self,
+            x: Tensor,
+            memory: M | None = None,
+            *,
+            mask: Tensor | None = None,
+            reset: Tensor | None = None,
+            close: bool | Tensor = True,
+        ) -> tuple[Tensor, M]: ...
 
     def reset_memory(self, memory: M, rows: Tensor) -> M:
         """The memory with the rows marked true in bool `rows` `[batch]` fresh again.

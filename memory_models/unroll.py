@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -13,9 +14,39 @@ from memory_models.module import MemoryModule
 from memory_models.state import Memory
 from memory_models.wrapped import unwrapped
 
+M = TypeVar("M", bound=Memory)
+
+
+@overload
+def unroll(
+    model: MemoryModule[M],
+    x: Tensor,
+    memory: M | None = None,
+    *,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
+    segment: int | None = None,
+    detach_every: int | None = None,
+    close: bool = True,
+) -> tuple[Tensor, M]: ...
+
+
+@overload
+def unroll(
+    model: MemoryLM | Callable[..., Any],
+    x: Tensor,
+    memory: Memory | None = None,
+    *,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
+    segment: int | None = None,
+    detach_every: int | None = None,
+    close: bool = True,
+) -> tuple[Tensor, Any]: ...
+
 
 def unroll(
-    model: MemoryModule[Any] | MemoryLM,
+    model: MemoryModule[Any] | MemoryLM | Callable[..., Any],
     x: Tensor,
     memory: Memory | None = None,
     *,
