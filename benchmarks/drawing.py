@@ -31,6 +31,7 @@ __all__ = [
     "draw_cells",
     "label_ends",
     "label_points",
+    "legend_below",
     "look_of",
     "mpl",
     "reference",
@@ -113,11 +114,13 @@ def draw_band(axes: Any, places: Sequence[float], figures: Sequence[Figure | Non
 def reference(
     axes: Any, comparison: Comparison, metrics: Sequence[Mapping[str, Any]], places: Sequence[float]
 ) -> None:
-    """Lines for the floor and chance at the metrics' places, where the scale has room for them."""
+    """Lines for the floor and chance at the metrics' places, where the scale has room for them.
+
+    `legend_below` explains them.
+    """
     # Floor and chance of text are far above every model; drawn to scale they would flatten the rest.
     low, high = axes.get_ylim()
     room = high - low
-    lines = []
     for key, style in (("floor", ":"), ("chance", (0, (5, 4)))):
         values = [comparison.facts.get(key, {}).get(metric["name"]) for metric in metrics]
         shown = [v for v in values if v is not None and math.isfinite(v)]
@@ -130,12 +133,27 @@ def reference(
             continue
         line = shown if len(shown) == len(places) else [shown[0]] * len(places)
         words = key if key == "chance" else str(comparison.facts.get("floor_is", key)).partition(" (")[0]
-        lines += axes.plot(
-            places, line, color="#5b646c", linestyle=style, linewidth=1.3, zorder=1.5, label=words
+        axes.plot(places, line, color="#5b646c", linestyle=style, linewidth=1.3, zorder=1.5, label=words)
+
+
+def legend_below(canvas: Canvas, more: Sequence[Any] = ()) -> None:
+    """Explain what has a label, and the handles `more`, below the panels; the layout must be "constrained".
+
+    Between the lines of eight models there is hardly ever a place that covers none of them.
+    """
+    labelled = {}
+    for line in (*more, *(line for axes in canvas.axes for line in axes.lines)):
+        if not line.get_label().startswith("_"):
+            labelled.setdefault(line.get_label(), line)
+    if labelled:
+        canvas.legend(
+            handles=[*labelled.values()],
+            loc="outside lower left" if more else "outside lower right",
+            ncols=2,
+            fontsize=9,
+            frameon=False,
+            handlelength=3.6,
         )
-    if lines:
-        legend = axes.legend(handles=lines, loc="best", fontsize=8.5, framealpha=0.85, edgecolor="none")
-        legend.set_zorder(1.8)
 
 
 def draw_cells(

@@ -16,6 +16,7 @@ from benchmarks.drawing import (
     draw_cells,
     label_ends,
     label_points,
+    legend_below,
     look_of,
     mpl,
     reference,
@@ -74,6 +75,7 @@ def by_distance(comparison: Comparison, name: str, metrics: Sequence[Mapping[str
         axes.set_xlabel(word)
     axes.set_title(f"{comparison.task}: {name}" + (f" by {word}" if shared and " by " not in name else ""))
     label_ends(axes, ends)
+    legend_below(canvas)
     return canvas
 
 
@@ -130,6 +132,7 @@ def learning_curves(comparison: Comparison) -> Canvas | None:
         label_ends(axes, ends)
     if not left.lines:
         return None
+    legend_below(canvas)
     canvas.suptitle(f"{comparison.task}: learning", x=0.01, ha="left", fontweight="bold")
     return canvas
 
@@ -156,6 +159,8 @@ def quality_by_state(comparison: Comparison) -> Canvas | None:
     axes.set_xticks(ticks, ["none" if nothing and t == first else byte_label(t) for t in ticks])
     axes.set_xlabel("state carried by a row")
     axes.set_title(f"{comparison.task}: quality against state")
+    # Before the points' names, whose places depend on the layout.
+    legend_below(canvas)
     label_points(canvas, axes, points, bars)
     return canvas
 
@@ -180,6 +185,8 @@ def quality_by_time(comparison: Comparison) -> Canvas | None:
     axes.set_xticks(shown, [f"{t:g} s" for t in shown])
     axes.set_xlabel("processor time of training" if told else "processor time of a run")
     axes.set_title(f"{comparison.task}: quality against time")
+    # Before the points' names, whose places depend on the layout.
+    legend_below(canvas)
     label_points(canvas, axes, points, bars)
     return canvas
 

@@ -22,6 +22,7 @@ from benchmarks.drawing import (
     STYLE,
     byte_label,
     label_ends,
+    legend_below,
     reference,
     write_pictures,
 )
@@ -102,7 +103,7 @@ def by_distance(sweep: Sweep, name: str, metrics: Sequence[Metric]) -> Canvas | 
         # Limits are shared, so nothing that depends on them comes before all lines are drawn.
         for index, metric in enumerate(metrics):
             axes = grid.flat[index]
-            _finish_scores(axes, sweep, [metric], legend=index == 0)
+            _finish_scores(axes, sweep, [metric])
             if index % columns:
                 axes.set_ylabel("")
         if not drawn:
@@ -232,7 +233,7 @@ def _strokes(look: Mapping[str, Any], how: str) -> dict[str, Any]:
     }
 
 
-def _finish_scores(axes: Any, sweep: Sweep, metrics: Sequence[Metric], *, legend: bool = True) -> None:
+def _finish_scores(axes: Any, sweep: Sweep, metrics: Sequence[Metric]) -> None:
     _set_places(axes, sweep.options[0])
     metric = metrics[-1]
     unit = metric["unit"] or metric.get("series") or title(metric["name"])
@@ -240,8 +241,6 @@ def _finish_scores(axes: Any, sweep: Sweep, metrics: Sequence[Metric], *, legend
     if unit == "accuracy":
         axes.set_ylim(-0.03, 1.04)
     reference(axes, sweep.runs, [metric], axes.get_xlim())
-    if not legend and axes.get_legend() is not None:
-        axes.get_legend().remove()
 
 
 def _set_places(axes: Any, option: Option) -> None:
@@ -270,6 +269,7 @@ def _set_places(axes: Any, option: Option) -> None:
 def _finish(canvas: Canvas, sweep: Sweep) -> None:
     canvas.suptitle(sweep.title, x=0.01, ha="left", fontweight="bold")
     if EVALUATED not in sweep.ways:
+        legend_below(canvas)
         return
     words = {
         TRAINED: "trained with each value",
@@ -279,9 +279,7 @@ def _finish(canvas: Canvas, sweep: Sweep) -> None:
         Line2D([], [], **_strokes({"color": _GREY, "marker": "o"}, how), label=words[how])
         for how in sweep.ways
     ]
-    canvas.legend(
-        handles=handles, loc="outside lower left", ncols=2, fontsize=9, frameon=False, handlelength=3.6
-    )
+    legend_below(canvas, handles)
 
 
 def _legend_of_lines(canvas: Canvas, sweep: Sweep) -> None:

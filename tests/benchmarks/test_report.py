@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from benchmarks.report import (
     write_report,
 )
 from benchmarks.results import DIVERGED, FAILED, FINISHED, Results, write_json
-from benchmarks.summary import Figure, NothingToReportError, load
+from benchmarks.summary import Comparison, Figure, NothingToReportError, load
 
 GAPS = ("gap 0", "gap 1", "gap 2")
 
@@ -371,3 +372,14 @@ def test_students_t_is_that_of_the_tables(count: int, point: float) -> None:
     figure = Figure.of(values)
     assert figure is not None
     assert figure.half_width == pytest.approx(point * statistics.stdev(values) / math.sqrt(count), rel=1e-3)
+
+
+@pytest.mark.parametrize("picture", [plots.learning_curves, plots.quality_by_state, plots.quality_by_time])
+def test_the_legend_covers_no_panel(folder: Path, picture: Callable[[Comparison], Any]) -> None:
+    canvas = picture(load(folder))
+    canvas.draw_without_rendering()
+    assert [axes.get_legend() for axes in canvas.axes] == [None] * len(canvas.axes)
+    [legend] = canvas.legends
+    below = legend.get_window_extent()
+    assert all(not below.overlaps(axes.get_tightbbox()) for axes in canvas.axes)
+    assert [text.get_text() for text in legend.get_texts()] == ["chance"]
