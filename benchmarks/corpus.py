@@ -39,7 +39,7 @@ _LARGEST_SHARE = 8
 
 @dataclass(frozen=True)
 class Document:
-    """One text; `content` is valid UTF-8."""
+    """One text; `content` is valid UTF-8, but for a raw file's."""
 
     name: str
     content: bytes
@@ -72,6 +72,7 @@ def load_corpus(
     min_bytes: int = 1500,
     document_start: str = "",
     documents: int = 0,
+    raw: bool = False,
 ) -> Corpus:
     """Find documents and split them.
 
@@ -88,12 +89,14 @@ def load_corpus(
         document_start: a line that starts with this text begins a new document, as `"  <page>"` does in
             enwik8; such documents are then split like files.
         documents: train on only so many, chosen by a hash of their names; 0: all.
+        raw: read a single file as it is, whatever its bytes (an image, a program). Of a folder the files
+            that are not text are left out all the same.
 
     Raises:
         FileNotFoundError: if the path, or the standard library's source, is not there.
-        ValueError: if there is too little text to split.
+        ValueError: if there is too little text to split, or a single file is not text and not `raw`.
     """
-    found, description, cut = _find(data, min_bytes=min_bytes, document_start=document_start)
+    found, description, cut = _find(data, min_bytes=min_bytes, document_start=document_start, raw=raw)
     split = split_pieces if cut else split_documents
     training, tail = split(found, held_out=held_out)
     if not training or not tail:
@@ -107,7 +110,7 @@ def load_corpus(
     return Corpus(description, tuple(training), tuple(tail))
 
 
-def _find(data: str, *, min_bytes: int, document_start: str) -> tuple[list[Document], str, bool]:
+def _find(data: str, *, min_bytes: int, document_start: str, raw: bool) -> tuple[list[Document], str, bool]:
     """The documents, what they are in words, and whether they are pieces of one text."""
     if not data:
         return (
@@ -119,9 +122,11 @@ def _find(data: str, *, min_bytes: int, document_start: str) -> tuple[list[Docum
     if path.is_dir():
         files = list(_folder(path))
     elif path.is_file():
-        text = _text(path)
+        text = _unpacked(path) if raw else _text(path)
         if text is None:
-            raise ValueError(f"{path} is not text: it holds a zero byte")
+            raise ValueError(
+                f"{path} is not text: it holds a zero byte; byte tokens (tokens=bytes) can read it as it is"
+            )
         files = [Document("", text)]
     else:
         raise FileNotFoundError(f"data {data!r} is neither a file nor a folder")
@@ -174,12 +179,15 @@ def _folder(root: Path, *, suffix: str = "", skip: Iterable[str] = ("__pycache__
 
 def _text(path: Path) -> bytes | None:
     """The file's content, unpacked and with bad UTF-8 replaced; None if it is not text."""
-    content = path.read_bytes()
-    if path.suffix == ".gz":
-        content = gzip.decompress(content)
+    content = _unpacked(path)
     if b"\0" in content:
         return None
     return content if content.isascii() else content.decode("utf-8", errors="replace").encode()
+
+
+def _unpacked(path: Path) -> bytes:
+    content = path.read_bytes()
+    return gzip.decompress(content) if path.suffix == ".gz" else content
 
 
 def unique(documents: Iterable[Document], min_bytes: int) -> Iterator[Document]:

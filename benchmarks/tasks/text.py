@@ -41,7 +41,7 @@ class TextConfig:
     """Which text, as which tokens, and how it is scored."""
 
     data: str = ""
-    """File, folder or .gz to model; empty: the source of Python's standard library."""
+    """File (any bytes if `tokens` is `bytes`), folder or .gz to model; empty: Python's standard library."""
     tokens: str = "bpe"
     """`bpe` (byte-pair encoding trained on the training documents) or `bytes`."""
     vocab_size: int = 2048
@@ -115,6 +115,7 @@ class Text(Task):
             min_bytes=c.min_bytes,
             document_start=c.document_start,
             documents=c.documents,
+            raw=c.tokens == "bytes",
         )
         self._text = tokenise(self._corpus, kind=c.tokens, vocab_size=c.vocab_size, cache=self.cache)
         self.vocab_size = self._text.vocab_size

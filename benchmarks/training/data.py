@@ -18,7 +18,6 @@ from torch import Tensor
 
 from benchmarks.corpus import Corpus, load_corpus
 from benchmarks.streams import NOTHING, Place, ReadingOrder, deal
-from benchmarks.training.raw import bytes_of, load_bytes
 from benchmarks.training.settings import TrainConfig
 from benchmarks.training.tokenizer import Tokenizer
 from memory_models.lm import IGNORED_LABEL
@@ -94,14 +93,13 @@ def load_text(config: TrainConfig, tokenizer: Tokenizer, segment_length: int) ->
 
 
 def _corpus(config: TrainConfig, tokenizer: Tokenizer) -> Corpus:
-    how: dict[str, Any] = {
-        "held_out": config.held_out,
-        "min_bytes": max(1, config.min_bytes),
-        "document_start": config.document_start,
-    }
-    path = config.data.expanduser()
-    raw = bytes_of(path) if tokenizer.is_bytes else None
-    return load_corpus(str(config.data), **how) if raw is None else load_bytes(raw, path.name, **how)
+    return load_corpus(
+        str(config.data),
+        held_out=config.held_out,
+        min_bytes=max(1, config.min_bytes),
+        document_start=config.document_start,
+        raw=tokenizer.is_bytes,
+    )
 
 
 class Documents:

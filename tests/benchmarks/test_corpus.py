@@ -6,6 +6,7 @@ import gzip
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.corpus import PIECE_BYTES, Corpus, load_corpus
@@ -179,7 +180,7 @@ def test_errors_tell_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
         load_corpus(str(tmp_path / "gone"))
     (tmp_path / "binary").write_bytes(b"\0" * 5000)
-    with pytest.raises(ValueError, match="zero byte"):
+    with pytest.raises(ValueError, match=r"zero byte; .*tokens=bytes"):
         load_corpus(str(tmp_path / "binary"))
     (tmp_path / "tiny").write_text("tiny")
     with pytest.raises(ValueError, match="too little text"):
@@ -192,3 +193,20 @@ def test_errors_tell_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "empty")})
     with pytest.raises(FileNotFoundError, match="--data"):
         load_corpus()
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_a_raw_file_is_read_as_it_is(tmp_path: Path, end: str) -> None:
+    content = np.random.default_rng(0).bytes(40_000)
+    path = tmp_path / f"image{end}"
+    path.write_bytes(gzip.compress(content) if end else content)
+    corpus = load_corpus(str(path), raw=True)
+    kept = b"".join(document.content for document in corpus.training)
+    assert kept
+    assert content.startswith(kept)
+    assert content.endswith(corpus.held_out[-1].content)
+
+
+def test_raw_text_is_what_text_is(tmp_path: Path) -> None:
+    (tmp_path / "book").write_text(words(40_000, 1) + "\u00e9", encoding="utf-8")
+    assert load_corpus(str(tmp_path / "book"), raw=True) == load_corpus(str(tmp_path / "book"))

@@ -114,6 +114,18 @@ def test_evaluation_reads_the_start_of_every_held_out_document(folder: Path, tmp
             assert sorted(found) == expected
 
 
+def test_any_file_is_read_as_byte_tokens_and_only_so(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(np.random.default_rng(0).bytes(40_000))
+    task = Text(data=str(path), tokens="bytes", min_bytes=100, segment_length=64)
+    batches = [task.batch(seed=0, step=step, batch_size=1) for step in range(800)]
+    read = b"".join(bytes(documents[0]) for row in whole_rows(batches) for documents in row[1:-1])
+    assert b"\0" in read
+    assert all(bits == bits for name, bits in task.floor().items() if name == "bits per byte")
+    with pytest.raises(ValueError, match=r"zero byte; .*tokens=bytes"):
+        Text(data=str(path), tokens="bpe")
+
+
 def test_bytes_add_up_to_the_documents(task: Text, folder: Path) -> None:
     total = sum(int(batch.extras["bytes"].sum()) for batch in task.evaluation(batch_size=2))
     expected = 0

@@ -121,10 +121,10 @@ def test_bytes_are_cut_where_documents_begin(tmp_path: Path) -> None:
     cut = [np.split(side.tokens, side.starts[1:]) for side in sides]
     assert sorted(one.tobytes() for side in cut for one in side) == sorted(records)
     assert [len(side) for side in cut] == [18, 2]
-    with pytest.raises(ValueError, match=r"no line in records starts with document_start \('#'\)"):
+    with pytest.raises(ValueError, match=r"no line in .*records starts with document_start \('#'\)"):
         load_text(tiny(tmp_path, data=path, document_start="#"), Tokenizer(), 8)
     path.write_bytes(b"\0")
-    with pytest.raises(ValueError, match="too short"):
+    with pytest.raises(ValueError, match="too little text"):
         load_text(tiny(tmp_path, data=path), Tokenizer(), 8)
 
 
