@@ -36,17 +36,26 @@ class Quantity:
     show: Callable[[Figure | None], str]
     exponent: str = ""
     """What grows with the length, so that the exponent means something; empty: none is given."""
+    per_token: bool = False
+    """Whether the figure is shared out among the tokens of a row."""
 
     def of(self, record: Record) -> float | None:
         """The figure of a case, if it has it."""
         value: Any = record
         for name in self.path:
             value = value.get(name) if isinstance(value, dict) else None
-        return value
+        if value is None or not self.per_token:
+            return value
+        return value / record["case"]["length"]
 
 
 def _milliseconds(figure: Figure | None) -> str:
     return "–" if figure is None else f"{figure.mean * 1000:.3g} ms"
+
+
+def _bytes_per_token(figure: Figure | None) -> str:
+    # A slot's share may be less than one byte.
+    return f"{figure.mean:.2g} B" if figure is not None and 0 < figure.mean < 10 else size(figure)
 
 
 TRAINING = (
@@ -72,6 +81,15 @@ DECODING = (
     Quantity("decoding tokens/s", "after so many tokens", ("decoding", "tokens_per_second"), count),
     Quantity("token", "for one more token after so many", ("decoding", "seconds"), _milliseconds, "time"),
     Quantity("state per row", "carried from segment to segment", ("state_bytes",), size, "state"),
+    Quantity(
+        "state per token",
+        "state per row by the tokens read until then, whether it still knows of each or not: a memory of a "
+        "fixed size has room that a short text does not fill, and less for each token of a long one",
+        ("state_bytes",),
+        _bytes_per_token,
+        "state",
+        per_token=True,
+    ),
 )
 
 

@@ -122,7 +122,7 @@ def test_a_case_has_all_figures() -> None:
     found = measure(case(model="gru", options={"dim": 8, "hidden": 16, "depth": 1, "segment_length": 8}))
     assert found["state_bytes"] == 16 * 4
     for quantity in (*TRAINING, *DECODING):
-        value = quantity.of(found)
+        value = quantity.of({**found, "case": case()})
         assert value is not None
         assert value >= 0
     assert found["training"]["tokens_per_second"] > 0
@@ -197,6 +197,15 @@ def test_the_table_has_a_line_for_each_model_and_the_exponent() -> None:
     lines = list(csv.reader(io.StringIO(as_csv(records))))
     assert len(lines) == 4
     assert lines[1][:3] == ["window", "bptt", "100"]
+
+
+def test_state_is_told_per_row_and_per_token_read() -> None:
+    records = [record("gru", length, 1.0) for length in (16, 32, 1024)]
+    per_row, per_token = (q for q in DECODING if q.name.startswith("state"))
+    assert table(records, per_row)[1][2:] == ["64 B", "64 B", "64 B", "0.00"]
+    assert table(records, per_token)[1][2:] == ["4 B", "2 B", "0.062 B", "-1.00"]
+    [_, *lines] = list(csv.DictReader(io.StringIO(as_csv(records))))
+    assert [float(line["state per token"]) for line in lines] == [2.0, 0.0625]
 
 
 def test_a_failed_case_stands_in_the_report(tmp_path: Path) -> None:
