@@ -171,3 +171,56 @@ def test_warnings_name_what_is_wrong(changes: dict[str, Any], words: list[str]) 
     found = warnings(record(**changes), headline="accuracy")
     assert len(found) == len(words)
     assert all(text.startswith(start) for text, start in zip(found, words, strict=True))
+
+
+def scored(task: str, score: float, carried: float, without: float) -> dict[str, Any]:
+    """A run as its line of the results tells it, with the task's own facts."""
+    facts = {
+        "needle": ("mean accuracy", "accuracy", True, 0.1),
+        "mqar": ("mean accuracy", "accuracy", True, 1 / 4096),
+        "text": ("bits", "bits per identifier", False, 42.6),
+    }
+    name, unit, up, floor = facts[task]
+    return {
+        "tags": ["family"],
+        "task_facts": {
+            "metrics": [{"name": name, "unit": unit, "higher_is_better": up}],
+            "floor": {name: floor},
+        },
+        "scores": {name: score},
+        "memory_use": {
+            "scores": {"carried": {name: carried}, "none": {name: without}},
+            "drop": {"none": (carried - without) * (1 if up else -1)},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("run", "unused", "at_the_floor"),
+    [
+        # What was published of htm, seeds 2 and 0, and of memformer: used is what little there is, not more.
+        (scored("needle", 0.132, 0.127, 0.103), True, True),
+        (scored("needle", 0.976, 0.972, 0.097), False, False),
+        (scored("mqar", 0.008, 0.009, 0.0), True, True),
+        (scored("mqar", 0.331, 0.333, 0.0), False, False),
+        # Answers from elsewhere: the task leaks.
+        (scored("needle", 0.9, 0.9, 0.89), True, False),
+        # Bits have no best value.
+        (scored("text", 36.612, 35.346, 35.318), True, False),
+        (scored("text", 34.859, 33.087, 33.988), False, False),
+        (scored("text", 43.1, 43.0, 44.0), False, True),
+    ],
+)
+def test_a_score_is_held_against_what_there_is_to_gain(
+    run: dict[str, Any], unused: bool, at_the_floor: bool
+) -> None:
+    [headline] = run["scores"]
+    found = warnings(run, headline=headline)
+    assert (
+        any(text.startswith(("the memory is not used", "the memory is hardly used")) for text in found)
+        == unused
+    )
+    assert any(text.startswith("hardly better than without memory") for text in found) == at_the_floor
+    assert warnings({**run, "tags": ["control"]}, headline=headline) == []
+    # A model from another package has no tag.
+    assert warnings({**run, "tags": []}, headline=headline) == found
