@@ -98,7 +98,7 @@ class Compare(CommonOptions):
     match: Literal["params", "state"] | None = None
     """Give all models equally many parameters, or equally large memories, by a search over a width."""
     match_to: str | None = None
-    """Model, or number, that the others shall match; default the smallest (state: the smallest family's)."""
+    """Model, or number, that the others shall match; default the smallest (state: but for controls)."""
     tune: tuple[float, ...] = ()
     """Learning rates to try for every model before its reported runs; the best is taken."""
     tune_seed: int = 1000

@@ -29,17 +29,16 @@ class UsageError(Exception):
 
 def list_command(command: List, words: Sequence[str]) -> int:
     """Print the models and tasks."""
+    from rich.markup import escape
     from rich.table import Table
 
     console = _console()
     if command.what in ("all", "models"):
-        from benchmarks.members import all_models
-        from memory_models.models import info
+        from benchmarks.members import all_models, shown
 
         table = Table("model", "kind", "what it is", "what it carries", title="models", title_justify="left")
         for name in all_models():
-            entry = info(name)
-            table.add_row(name, ", ".join(entry.tags), entry.summary, entry.carries)
+            table.add_row(name, *map(escape, shown(name)))
         console.print(table)
     if command.what in ("all", "tasks"):
         from benchmarks.task import tasks

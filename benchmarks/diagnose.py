@@ -63,7 +63,7 @@ def memory_gradients(
 
     Args:
         model: the language model around member `name`.
-        name: of a member; others than families have no memory parameters.
+        name: of a member, or package.module:Class; controls have no memory parameters.
         options: with which it was built.
         batches: what an optimiser step reads, one after the other.
         memory: that the step starts with. A stream trained a segment at a time reads nothing but what is in
@@ -90,12 +90,16 @@ def memory_gradients(
 
 def memory_parameters(model: Any, name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
     """The trained parameters that the same transformer without memory does not have."""
-    if ":" in name or "family" not in tags_of(name):
+    if "control" in tags_of(name):
         return {}
     known = known_options(PLAIN)
-    plain = build_model(
-        PLAIN, {key: value for key, value in options.items() if key in known}, model.vocab_size
-    )
+    try:
+        plain = build_model(
+            PLAIN, {key: value for key, value in options.items() if key in known}, model.vocab_size
+        )
+    except (TypeError, ValueError):
+        # In a model from elsewhere an option of the same name may mean something else.
+        plain = build_model(PLAIN, {}, model.vocab_size)
     shared = {key for key, _ in plain.named_parameters()}
     return {key: p for key, p in model.named_parameters() if key not in shared and p.requires_grad}
 

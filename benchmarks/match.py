@@ -84,7 +84,7 @@ def match(specs: Sequence[RunSpec], by: str, *, reference: RunSpec | int | None 
         specs: a run for each model, as planned from the settings.
         by: `params` or `state`.
         reference: a run whose model sets the target, or the target itself. None: for `params` the smallest of
-            the models, for `state` the smallest memory of a family, or of any model if there is no family.
+            the models, for `state` the smallest memory of any but a control, or of any if all are controls.
 
     Returns:
         What each model needs. A control whose memory cannot have that size stays as it is, with a note.
@@ -126,9 +126,9 @@ def measure_state(spec: RunSpec) -> float:
 def _smallest(specs: Sequence[RunSpec], by: str, measure: Callable[[RunSpec], float]) -> tuple[str, float]:
     sizes = {spec.label: measure(spec) for spec in specs}
     if by == STATE:
-        family = {spec.label for spec in specs if "family" in tags_of(spec.model)}
-        families = {name: size for name, size in sizes.items() if name in family and size > 0}
-        sizes = families or {name: size for name, size in sizes.items() if size > 0} or sizes
+        controls = {spec.label for spec in specs if "control" in tags_of(spec.model)}
+        memories = {name: size for name, size in sizes.items() if name not in controls and size > 0}
+        sizes = memories or {name: size for name, size in sizes.items() if size > 0} or sizes
     # Among equals the one that has no memory: it is what the others are compared with.
     name = min(sizes, key=lambda model: (sizes[model], model != "window"))
     return name, sizes[name]

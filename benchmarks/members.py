@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 from benchmarks.provenance import source_digest
 from memory_models.lm import MemoryLM
-from memory_models.models import config_fields, create_lm, info, list_models
+from memory_models.models import config_fields, create_lm, info, list_models, models
 
 FIRST_TAGS = ("family", "control")
 
@@ -48,3 +48,36 @@ def code_digest(name: str, *modules: str) -> str:
 def tags_of(name: str) -> list[str]:
     """Tags of member `name`, such as `family` or `control`."""
     return list(info(name).tags)
+
+
+class Shown(NamedTuple):
+    """A member as a list shows it."""
+
+    kind: str
+    summary: str
+    carries: str
+
+
+def shown(name: str) -> Shown:
+    """What there is to say of member `name`.
+
+    A plug-in's entry point tells nothing but where its class is, so the first lines of what the class and its
+    memory say of themselves stand in; nothing if it cannot be imported.
+    """
+    entry = info(name)
+    kind, summary, carries = ", ".join(entry.tags) or "plug-in", entry.summary, entry.carries
+    if not (summary and carries):
+        try:
+            member = models.load(name)
+        except Exception as error:  # whatever somebody else's package raises: the list must not end there
+            return Shown(kind, summary or f"cannot be imported: {error}", carries)
+        memories = [kind for base in getattr(member, "__orig_bases__", ()) for kind in get_args(base)]
+        summary = summary or _first_line(member)
+        carries = carries or next((text for text in map(_first_line, memories) if text), "")
+    return Shown(kind, summary, carries)
+
+
+def _first_line(described: Any) -> str:
+    text = (getattr(described, "__doc__", None) or "").strip().partition("\n")[0]
+    # What `dataclass` writes where there is nothing.
+    return "" if text.startswith(f"{getattr(described, '__name__', '')}(") else text.removesuffix(".")

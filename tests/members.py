@@ -3,9 +3,11 @@
 from typing import Any
 
 from memory_models import MemoryLM, MemoryModule, create, create_lm, list_models
-from memory_models.models import config_fields
+from memory_models.models import config_fields, info
 
+# Those of installed plug-ins too.
 MEMBERS = list_models()
+OURS = [name for name in MEMBERS if info(name).tags]
 SMALL = {"dim": 16, "depth": 2, "heads": 2, "segment_length": 6}
 # Small enough to evict, and so that nothing divides anything.
 OWN: dict[str, dict[str, Any]] = {

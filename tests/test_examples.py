@@ -8,7 +8,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,9 +18,9 @@ import torch
 import memory_models
 from memory_models.models import ENTRY_POINTS, ModelInfo
 from memory_models.registry import Registry
+from tests.plug_in import PLUG_IN, write_entry_points
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-PLUGIN = EXAMPLES / "plugin_model"
 SCRIPTS = (
     "compare_on_my_task.py",
     "memory_in_my_network.py",
@@ -160,13 +159,7 @@ def test_a_plug_in_is_what_its_formula_says(plugin: ModuleType) -> None:
 def test_a_plug_ins_entry_point_names_it(
     plugin: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    project = tomllib.loads((PLUGIN / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    # As an installer writes it down.
-    written = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    written.mkdir()
-    (written / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
-    lines = [f"{name} = {target}" for name, target in project["entry-points"][ENTRY_POINTS].items()]
-    (written / "entry_points.txt").write_text("\n".join([f"[{ENTRY_POINTS}]", *lines]))
+    write_entry_points(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "fading" in [point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS)]
     registry: Registry[ModelInfo] = Registry("model", group=ENTRY_POINTS, make=ModelInfo)
@@ -177,7 +170,7 @@ def test_a_plug_ins_entry_point_names_it(
 @pytest.mark.slow
 def test_a_plug_in_installs_and_joins_the_family(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--target", str(tmp_path), str(PLUGIN)], check=True)
+    subprocess.run([*pip, "--target", str(tmp_path), str(PLUG_IN)], check=True)
     program = "import memory_models; print(type(memory_models.create('fading', dim=8)).__module__)"
     done = subprocess.run(
         [sys.executable, "-c", program],

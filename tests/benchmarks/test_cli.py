@@ -10,8 +10,11 @@ from types import ModuleType
 import pytest
 
 from benchmarks.cli import main
+from benchmarks.members import shown
 from benchmarks.results import Results
+from memory_models.models import ModelInfo, register
 from tests.benchmarks.tiny import STREAM, TINY
+from tests.plug_in import NAME, install
 
 
 def test_a_smoke_comparison_ends_with_table_plots_and_exit_code_0(
@@ -111,6 +114,22 @@ def test_list_shows_what_there_is(
     said = capsys.readouterr().out
     assert shown in said
     assert hidden not in said
+
+
+def test_a_plug_in_is_listed_by_what_its_class_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(tmp_path, monkeypatch)
+    assert main(["list", "models"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if NAME in line.split()]
+    assert [cell.strip() for cell in line.strip("│").split("│")] == [
+        NAME,
+        "plug-in",
+        "One layer of fading averages with a residual",
+        "The averages `[batch, averages]` after the last token",
+    ]
+    register(ModelInfo("gone", "no.such_module:Model"))
+    assert shown("gone") == ("plug-in", "cannot be imported: No module named 'no'", "")
 
 
 @pytest.mark.parametrize("command", ["", "list", "run", "compare", "report"])

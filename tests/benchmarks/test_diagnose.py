@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.findings import warnings
 from benchmarks.learning import loss_of
 from benchmarks.members import build_model
 from benchmarks.task import create_task, tasks
+from tests.plug_in import NAME, install
 
 OPTIONS = {"dim": 16, "depth": 2, "heads": 2, "segment_length": 16}
 
@@ -109,13 +111,28 @@ def test_a_step_of_one_segment_reads_what_the_training_carries() -> None:
     assert all(carried[name] > 0 for name in reading)
 
 
-def test_only_families_have_memory_parameters() -> None:
+def test_controls_have_no_memory_parameters() -> None:
     task = recall()
     for name in ("window", "gru"):
         options = {key: value for key, value in OPTIONS.items() if name == "window" or key != "heads"}
         model = build_model(name, options, task.vocab_size)
         assert memory_parameters(model, name, options) == {}
     assert memory_parameters(build_model("htm", OPTIONS, task.vocab_size), "htm", OPTIONS)
+
+
+def test_a_model_of_another_package_is_diagnosed_by_name_and_by_its_class(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(tmp_path, monkeypatch)
+    task, options = recall(), {"dim": 16, "averages": 8, "segment_length": 16}
+    for name in (NAME, "fading_memory:Fading"):
+        model = build_model(name, options, task.vocab_size)
+        found = memory_gradients(model, name, options, [task.batch(seed=0, step=0, batch_size=4)])
+        assert {"module.write_weights.weight", "module.log_time"} <= found.keys()
+        assert not any(key.startswith(("embedding", "head")) for key in found)
+        assert all(norm > 0 for norm in found.values())
+        # An option that means something else in the plain transformer.
+        assert memory_parameters(model, name, {**options, "dim": 15}).keys() == found.keys()
 
 
 def use(without: float, drop: float) -> dict[str, Any]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from memory_models import ContractError, Memory, MemoryModule, check_model, memory_state, static
+from memory_models import ContractError, Memory, MemoryModule, check_model, list_models, memory_state, static
 from memory_models.testing import RULES
 from tests.members import MEMBERS, VARIANTS, small
 from tests.memory_models.toys import Average, AverageMemory, Mean, MeanMemory
+from tests.plug_in import NAME, install
 
 
 @memory_state
@@ -322,6 +324,14 @@ def test_the_memory_state_of_a_broken_module_is_a_memory_all_the_same() -> None:
 def test_every_member_keeps_the_contract(name: str) -> None:
     skip = ["compile"] if name == "gru" else []
     check_model(small(name), skip=skip)
+
+
+def test_the_models_of_other_packages_are_members_and_keep_the_contract(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(tmp_path, monkeypatch)
+    assert list_models() == [*MEMBERS, NAME]
+    check_model(small(NAME), skip=["compile"])
 
 
 def test_torch_cannot_trace_gru_yet() -> None:

@@ -28,7 +28,7 @@ from memory_models import (
     unroll,
 )
 from memory_models.models import build, config_fields, describe
-from tests.members import MEMBERS, small, small_lm
+from tests.members import MEMBERS, OURS, small, small_lm
 from tests.memory_models.toys import Mean
 
 TOY = "tests.memory_models.toys:Mean"
@@ -70,7 +70,7 @@ def test_a_language_model_needs_a_vocabulary_too(name: str) -> None:
     assert apart(tokens, labels=labels).loss.item() == pytest.approx(4.41, abs=0.35)
 
 
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", OURS)
 def test_each_member_says_what_it_is(name: str) -> None:
     entry = info(name)
     assert entry.name == name
