@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,29 @@ from benchmarks.evaluate import segments
 from benchmarks.learning import loss_of
 from benchmarks.members import build_model, known_options, tags_of
 from benchmarks.task import Batch, Task
+from memory_models.stats import AGE_BUCKETS
 
+BY_AGE = "weight by age"
+"""How the name of a diagnostic ends that sums weights in `AGE_BUCKETS`."""
 PLAIN = "window"
 """The member whose parameters are not those of a memory."""
 
 
-def summarise_stats(model: Any, task: Task, *, rows: int, batches: int) -> dict[str, dict[str, float]]:
+class Diagnosis(NamedTuple):
+    """What the members' diagnostics say, over all segments of a sequence but the first, which reads nothing.
+
+    Attributes:
+        summaries: for each diagnostic its `mean` and its 5 % and 95 % points, `low` and `high`. Ages below 0
+            stand for nothing found and do not count.
+        weight_by_age: for each layer that tells it, the shares of the weight with which the memory is read
+            that lie so many segments back (`AGE_BUCKETS`).
+    """
+
+    summaries: dict[str, dict[str, float]]
+    weight_by_age: dict[str, dict[str, float]]
+
+
+def diagnose(model: Any, task: Task, *, rows: int, batches: int) -> Diagnosis:
     """The members' diagnostics over the first evaluation batches (`memory_models.collect_stats`).
 
     Args:
@@ -26,12 +43,8 @@ def summarise_stats(model: Any, task: Task, *, rows: int, batches: int) -> dict[
         task: gives the data.
         rows: rows of a batch.
         batches: how many.
-
-    Returns:
-        For each diagnostic its `mean` and its 5 % and 95 % points, `low` and `high`, over all segments of a
-        sequence but the first, in which every memory is empty. Ages below 0 stand for nothing found and do
-        not count.
     """
+    by_age: dict[str, Tensor] = {}
     values: dict[str, list[Tensor]] = {}
     was_training = model.training
     model.eval()
@@ -46,10 +59,28 @@ def summarise_stats(model: Any, task: Task, *, rows: int, batches: int) -> dict[
                     out = model(segment.tokens, memory, mask=segment.mask, reset=segment.reset, stats=True)
                     memory = model.commit(out.memory)
                     for name, value in {} if first else out.stats.items():
-                        values.setdefault(name, []).append(_counted(name, value))
+                        if name.endswith(BY_AGE):
+                            found = value.double().cpu().nan_to_num(0).sum(0)
+                            by_age[name] = by_age[name] + found if name in by_age else found
+                        else:
+                            values.setdefault(name, []).append(_counted(name, value))
     finally:
         model.train(was_training)
-    return {name: _summary(torch.cat(found)) for name, found in values.items() if sum(map(len, found))}
+    return Diagnosis(
+        summaries={n: _summary(torch.cat(found)) for n, found in values.items() if sum(map(len, found))},
+        weight_by_age={
+            name.removesuffix(BY_AGE).rstrip("/"): dict(
+                zip(AGE_BUCKETS, (found / found.sum()).tolist(), strict=True)
+            )
+            for name, found in by_age.items()
+            if found.sum() > 0
+        },
+    )
+
+
+def summarise_stats(model: Any, task: Task, *, rows: int, batches: int) -> dict[str, dict[str, float]]:
+    """The `summaries` of `diagnose`."""
+    return diagnose(model, task, rows=rows, batches=batches).summaries
 
 
 def memory_gradients(

@@ -22,7 +22,7 @@ from benchmarks.drawing import (
     reference,
     write_pictures,
 )
-from benchmarks.summary import Comparison, Figure, Row, point, title
+from benchmarks.summary import Comparison, Figure, Row, point, title, weight_by_age
 
 
 def draw_all(comparison: Comparison, out: Path) -> list[Path]:
@@ -36,6 +36,7 @@ def draw_all(comparison: Comparison, out: Path) -> list[Path]:
         pictures["learning_curves.png"] = learning_curves(comparison)
         pictures["quality_by_state.png"] = quality_by_state(comparison)
         pictures["quality_by_time.png"] = quality_by_time(comparison)
+        pictures["weight_by_age.png"] = age_map(comparison)
         return write_pictures(pictures, out)
 
 
@@ -99,6 +100,23 @@ def heat_map(comparison: Comparison, name: str, metrics: Sequence[Mapping[str, A
     draw_cells(axes, shares, texts, [row.model for row in rows])
     axes.set_xticks(range(len(metrics)), [point(metric["name"]) for metric in metrics])
     axes.set_title(f"{comparison.task}: {name} ({'higher' if up else 'lower'} is better)")
+    return canvas
+
+
+def age_map(comparison: Comparison) -> Canvas | None:
+    """How far back lies what each memory layer reads; None if no model tells it."""
+    ages = weight_by_age(comparison)
+    if not ages:
+        return None
+    labels = list(next(iter(ages.values())))
+    shares = [[math.nan if f is None else f.mean for f in line.values()] for line in ages.values()]
+    texts = [[f"{value:.2f}" if math.isfinite(value) else "" for value in line] for line in shares]
+    canvas = Canvas(figsize=(3.2 + 0.8 * len(labels), 1.5 + 0.42 * len(ages)), dpi=130, layout="constrained")
+    axes = canvas.add_subplot()
+    draw_cells(axes, shares, texts, list(ages))
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xlabel("segments back")
+    axes.set_title(f"{comparison.task}: how old is what is read, shares of weight", fontsize=11)
     return canvas
 
 

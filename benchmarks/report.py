@@ -25,7 +25,7 @@ from benchmarks.formatting import count, number, size, small
 from benchmarks.groups import ENOUGH
 from benchmarks.longer_report import draw_longer, longer_section
 from benchmarks.results import write_atomically
-from benchmarks.summary import BOOTSTRAP, SEEDS_FOR_INTERVAL, Comparison, Figure, point, title
+from benchmarks.summary import BOOTSTRAP, SEEDS_FOR_INTERVAL, Comparison, Figure, point, title, weight_by_age
 from benchmarks.terms_report import terms_columns, terms_section
 
 MODES = {
@@ -355,6 +355,22 @@ def _diagnostics_section(comparison: Comparison) -> list[Block]:
                 "what is used is counted by the entropy of the weights with which it is read."
             ),
             Table(stats),
+        ]
+    ages = weight_by_age(comparison)
+    if ages:
+        labels = list(next(iter(ages.values())))
+        blocks += [
+            Heading("How old is what is read", 3),
+            Paragraph(
+                "Share of the weight with which a memory is read, by how many segments back lies what is "
+                "read; 1 is the segment before. Means over the seeds."
+            ),
+            Table(
+                [
+                    ["segments back", *labels],
+                    *([name, *map(number, line.values())] for name, line in ages.items()),
+                ]
+            ),
         ]
     if len(gradients) > 1:
         blocks += [

@@ -288,6 +288,23 @@ def _longer(points: Iterable[Mapping[str, Any]], latest: Mapping[str, Record]) -
     }
 
 
+def weight_by_age(comparison: Comparison) -> dict[str, dict[str, Figure | None]]:
+    """By model and layer, what share of what is read lies so many segments back; up to the oldest of all."""
+    lines: dict[str, dict[str, Figure | None]] = {}
+    for row in comparison.rows:
+        layers = [record.get("weight_by_age") or {} for record in row.finished]
+        for layer, ages in {name: ages for found in layers for name, ages in found.items()}.items():
+            lines[f"{row.model}: {layer}"] = {age: row.figure("weight_by_age", layer, age) for age in ages}
+    read = [
+        place
+        for figures in lines.values()
+        for place, figure in enumerate(figures.values())
+        if figure is not None and figure.mean > 0
+    ]
+    last = max(read, default=-1) + 1
+    return {name: dict(itertools.islice(figures.items(), last)) for name, figures in lines.items()}
+
+
 def title(metric: str) -> str:
     """A metric's name for reading: `identifier bits, 5+ back`."""
     return metric.replace("/", ", ")

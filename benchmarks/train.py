@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.diagnose import memory_gradients, summarise_stats
+from benchmarks.diagnose import diagnose, memory_gradients
 from benchmarks.endings import DivergedError
 from benchmarks.evaluate import MODES, evaluate, take_weights
 from benchmarks.members import build_model, tags_of
@@ -173,9 +173,7 @@ def _train_and_evaluate(
     with training.timed("evaluation"):
         final = evaluate(model, task, rows=settings.evaluation_rows, heartbeat=lambda: tell("evaluating"))
         memory_use = probe(model, task, settings, heartbeat=lambda: tell("probing"))
-        diagnostics = summarise_stats(
-            model, task, rows=settings.evaluation_rows, batches=settings.probe_batches
-        )
+        diagnosis = diagnose(model, task, rows=settings.evaluation_rows, batches=settings.probe_batches)
         following = range(settings.steps * settings.unroll, (settings.steps + 1) * settings.unroll)
         batches = [
             task.batch(seed=spec.seed, step=number, batch_size=settings.batch_size) for number in following
@@ -199,7 +197,8 @@ def _train_and_evaluate(
         "scores": final.scores,
         "asked": final.asked,
         "memory_use": memory_use,
-        "diagnostics": diagnostics,
+        "diagnostics": diagnosis.summaries,
+        "weight_by_age": diagnosis.weight_by_age,
         "memory_gradients": gradients,
     }
 

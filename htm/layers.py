@@ -249,6 +249,33 @@ class HTMAttention(nn.Module):
             chosen, scores, allowed = best_chunks(asked, summaries, available, self.topk_mems)
             return chosen, chunk_weights(scores, allowed)
 
+    def place_weights(
+        self, queries: Tensor, contents: Tensor, summaries: Tensor, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """With what weight `read` reads each place of the chunks it chooses, for diagnostics; no gradient.
+
+        Args:
+            queries: `[batch, queries, dim]`.
+            contents: `[batch, chunks, mem_chunk_size, memory_dim]`.
+            summaries: `[batch, chunks, memory_dim]`.
+            lengths: integer `[batch, chunks]`, tokens that each chunk holds; None: all are full.
+
+        Returns:
+            Indices of the chunks, int64 `[batch, queries, k]`, and the weights, means over the heads,
+            `[batch, queries, k, mem_chunk_size]`: of sum 1, or all zero for a query that can see nothing.
+        """
+        with torch.no_grad():
+            available = None if lengths is None else (lengths > 0)[:, None]
+            tokens = contents.flatten(1, 2)
+            given, _ = self._prepared(queries, tokens, summaries, available, lengths, None)
+            outer, chosen, places = given[1], given[2], given[5]
+            _, kept = inner.attend_without_gradient(*given, True)
+            weights = kept.view(*chosen.shape[:2], self.heads, chosen.shape[2], -1).mean(2)
+            if not self.matching:
+                weights = weights * outer[..., None]
+            # Where nothing may be read the softmax is even over what is not there.
+            return chosen, weights if places is None else torch.where(places, weights, 0)
+
     # axes below: b batch, i queries, m chunks, k chosen chunks, c places in a chunk, n tokens,
     # h heads, e width of a head, d dim
     def _read(
@@ -261,19 +288,39 @@ class HTMAttention(nn.Module):
         chunk_mask: Tensor | None,  # [b, 1 or i, m]
     ) -> Tensor:
         b, i, _ = queries.shape
-        m, c = summaries.shape[1], self.mem_chunk_size
         available = all_of(
             None if lengths is None else (lengths > 0)[:, None],
             None if mask is None else mask.any(dim=-1)[:, None],
             chunk_mask,
         )
-        if m == 0:
+        if summaries.shape[1] == 0:
             available = summaries.new_ones(b, i, 0, dtype=torch.bool)
+        given, allowed = self._prepared(queries, tokens, summaries, available, lengths, mask)
+        mixed, _ = _attend_here()(*given, torch.is_grad_enabled())  # [b, i, h, d]
+        values = self.value.weight.view(self.heads, self.dim_head, self.dim).mT  # [h, d, e]
+        by_head = mixed.flatten(0, 1).transpose(0, 1) @ values
+        out = self.out(by_head.transpose(0, 1).reshape(b, i, self.heads * self.dim_head))
+        if allowed is not None:
+            # where, not multiply; and the output bias goes too: nothing read, nothing said
+            out = torch.where(allowed.any(dim=-1, keepdim=True), out, 0)
+        return out
+
+    def _prepared(
+        self,
+        queries: Tensor,
+        tokens: Tensor,
+        summaries: Tensor,
+        available: Tensor | None,  # [b, 1 or i, m]
+        lengths: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[tuple[Any, ...], Tensor | None]:
+        """What the attention inside the chunks is given, but for `keep`; and which chunks may be read."""
+        c = self.mem_chunk_size
         chosen, scores, allowed = best_chunks(
             self._summary_queries(queries), summaries, available, self.topk_mems
         )
         folded = self._folded_queries(queries)
-        mixed, _ = _attend_here()(
+        return (
             folded,
             scores.to(folded.dtype) if self.matching else chunk_weights(scores, allowed).to(folded.dtype),
             chosen,
@@ -283,15 +330,7 @@ class HTMAttention(nn.Module):
             c,
             self.dim,
             self.matching,
-            torch.is_grad_enabled(),
-        )  # [b, i, h, d]
-        values = self.value.weight.view(self.heads, self.dim_head, self.dim).mT  # [h, d, e]
-        by_head = mixed.flatten(0, 1).transpose(0, 1) @ values
-        out = self.out(by_head.transpose(0, 1).reshape(b, i, self.heads * self.dim_head))
-        if allowed is not None:
-            # where, not multiply; and the output bias goes too: nothing read, nothing said
-            out = torch.where(allowed.any(dim=-1, keepdim=True), out, 0)
-        return out
+        ), allowed
 
     def _summary_queries(self, queries: Tensor) -> Tensor:
         # [b, i, memory_dim], to be multiplied with the summaries: the key projection folded in

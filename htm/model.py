@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from htm.layers import HTMAttention
 from htm.memory import ChunkMemory, HTMMemory
 from memory_models.module import MemoryModule
 from memory_models.ring import append
-from memory_models.stats import collecting, effective_number, record
+from memory_models.stats import collecting, effective_number, record, weight_by_age
 from memory_models.transformer import OpenSegment, Trunk
 
 
@@ -84,7 +85,7 @@ class HTM(MemoryModule[HTMMemory]):
                 hiddens.append(stored if place.whole else append(hidden, place.filled, stored, lengths))
                 queries = self.read_norms[index](x)
                 if collecting():
-                    self._record(layer, queries, chunks)
+                    self._record(layer, queries, chunks, lengths)
                 x = x + self.reads[index].read(  # type: ignore[operator]
                     queries, chunks.contents, chunks.summaries, lengths=chunks.lengths()
                 )
@@ -106,9 +107,9 @@ class HTM(MemoryModule[HTMMemory]):
             ),
         )
 
-    def _record(self, layer: int, queries: Tensor, chunks: ChunkMemory) -> None:
+    def _record(self, layer: int, queries: Tensor, chunks: ChunkMemory, lengths: Tensor | None) -> None:
         # Of each query: how old the chunks are that it reads, in tokens (-1: none), and the largest weight.
-        # Of all queries of a row: how many chunks they read, counted by weight.
+        # Of all queries of a row: how many chunks they read, counted by weight, and how far back that lies.
         read = self.reads[self.config.layers_with_memory.index(layer)]
         chosen, weights = read.choose(queries, chunks.summaries, lengths=chunks.lengths())  # type: ignore[operator]
         ages = chunks.ages()[:, None].expand(-1, chosen.shape[1], -1).gather(-1, chosen)
@@ -118,3 +119,11 @@ class HTM(MemoryModule[HTMMemory]):
         by_chunk = by_chunk.scatter_add(1, chosen.flatten(1), weights.flatten(1))
         record(f"htm/layer {layer}/chunks used", effective_number(by_chunk.float()))
         record(f"htm/layer {layer}/tokens held", chunks.lengths().sum(-1))
+        chosen, weights = read.place_weights(  # type: ignore[operator]
+            queries, chunks.contents, chunks.summaries, lengths=chunks.lengths()
+        )
+        first = chunks.ages()[:, None].expand(-1, chosen.shape[1], -1).gather(-1, chosen)[..., None]
+        # A place that nothing was written to yet has no weight.
+        ages = first - torch.arange(self.config.chunk_size, device=first.device)
+        found = weight_by_age(weights, ages, self.segment_length, lengths=lengths)
+        record(f"htm/layer {layer}/weight by age", found)

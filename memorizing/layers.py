@@ -23,7 +23,7 @@ from memorizing.gate import AgeBias, MemoryGate
 from memorizing.memory import PairMemory
 from memorizing.store import OutsideView
 from memory_models.checks import check_sizes
-from memory_models.stats import record
+from memory_models.stats import collecting, record, weight_by_age
 from memory_models.transformer import Past, Place, SegmentAttention, SegmentCache, append_to_cache
 from memory_models.transforms import needs_plain_operators
 
@@ -256,16 +256,27 @@ class KNNAttention(SegmentAttention):
                 logit = logit + self.gate_network(held, found.ages, found.weights)
             # A row that holds nothing must not lose half of its attention.
             gate = torch.where((held > 0)[:, None, None, None], logit.sigmoid(), 0).to(local.dtype)
-            record(f"{self.name}/memory share", gate.expand(*local.shape[:3], 1))
+            self._record(gate.expand(*local.shape[:3], 1), found, place, past)
             attended = gate * found.output.to(local.dtype) + (1 - gate) * local
         else:
             local, local_total = self._attend_with_total(queries, cache, place, past)
             found = retrieve(queries, memory, topk=self.topk, age_bias=self.age_bias)
             # Two softmaxes make one when each gets its share of the common denominator.
             share = (found.total - local_total).sigmoid()[..., None].to(local.dtype)
-            record(f"{self.name}/memory share", share)
+            self._record(share, found, place, past)
             attended = share * found.output.to(local.dtype) + (1 - share) * local
         return self.to_out(rearrange(attended, "b t h d -> b t (h d)")), cache
+
+    def _record(self, share: Tensor, found: Retrieved, place: Place, past: Past | None) -> None:
+        # How much comes from the memory, and how far back lies what does.
+        record(f"{self.name}/memory share", share)
+        if not collecting():
+            return
+        # The cache lies between the pairs and the segment.
+        between = 0 if past is None else past.held.sum(-1)[:, None, None, None]
+        ages = torch.where(found.ages >= 0, found.ages + between, -1)
+        read = weight_by_age(share * found.weights, ages, self.config.segment_length, lengths=place.lengths)
+        record(f"{self.name}/weight by age", read)
 
     def _attend_with_total(
         self, queries: Tensor, cache: SegmentCache, place: Place, past: Past | None

@@ -13,6 +13,15 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+# Segments back, each bucket twice as wide as the one before; the last holds all that is older.
+_BUCKETS = 16
+AGE_BUCKETS = (
+    "1",
+    "2",
+    *(f"{2 ** (i - 1) + 1}-{2**i}" for i in range(2, _BUCKETS - 1)),
+    f"{2 ** (_BUCKETS - 2) + 1}+",
+)
+
 _collector: ContextVar[dict[str, Tensor] | None] = ContextVar("memory_models_stats", default=None)
 
 
@@ -52,3 +61,29 @@ def effective_number(weights: Tensor) -> Tensor:
     total = weights.sum(-1, keepdim=True)
     number = torch.special.entr(weights / total).sum(-1).exp()
     return torch.where(total[..., 0] > 0, number, 0)
+
+
+def weight_by_age(
+    weights: Tensor, ages: Tensor, segment_length: int, *, lengths: Tensor | None = None
+) -> Tensor:
+    """How much of what is read lies how many segments back.
+
+    Args:
+        weights: `[batch, time, ...]` of what each query reads, not negative.
+        ages: int64, the same shape: tokens between each and the newest before the segment; negative where
+            nothing is.
+        segment_length: tokens of a segment; shorter ones count as if they were full.
+        lengths: int64 `[batch]`, queries of each row that are real; None means all.
+
+    Returns:
+        `[batch, buckets]`, the sum of the weights in each of `AGE_BUCKETS`: the segment before is 1 back.
+    """
+    if lengths is not None:
+        real = torch.arange(weights.shape[1], device=weights.device) < lengths[:, None]
+        weights = torch.where(real.view(*real.shape, *[1] * (weights.dim() - 2)), weights, 0)
+    weights = weights.flatten(1).to(torch.promote_types(weights.dtype, torch.float32))
+    ages = ages.flatten(1)
+    borders = 2 ** torch.arange(_BUCKETS - 1, device=ages.device)
+    bucket = torch.bucketize(ages.clamp(min=0) // segment_length + 1, borders)
+    found = weights.new_zeros(len(weights), _BUCKETS)
+    return found.scatter_add(1, bucket, torch.where(ages >= 0, weights, 0))

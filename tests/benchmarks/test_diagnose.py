@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.diagnose import memory_gradients, memory_parameters, summarise_stats
+from benchmarks.diagnose import diagnose, memory_gradients, memory_parameters, summarise_stats
 from benchmarks.evaluate import segments
 from benchmarks.findings import warnings
 from benchmarks.learning import loss_of
@@ -56,6 +56,28 @@ def test_stats_are_the_same_wherever_the_pairs_are() -> None:
     assert found[0]
     for name, summary in found[0].items():
         assert found[1][name] == pytest.approx(summary, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("htm", {"chunk_size": 16, "chunks": 8, "topk": 8}),
+        ("memorizing", {"memories": 128, "topk": 128, "memory_layers": (0, 1)}),
+    ],
+)
+def test_shares_of_what_is_read_add_up_over_the_segments_there_are(
+    name: str, options: dict[str, Any]
+) -> None:
+    task = create_task("recall", segments=5, keys=16, values=8, evaluation_sequences=8)
+    model = build_model(name, {**OPTIONS, "segment_length": task.segment_length, **options}, task.vocab_size)
+    found = diagnose(model, task, rows=4, batches=2)
+    assert list(found.weight_by_age) == [f"{name}/layer 0", f"{name}/layer 1"]
+    for shares in found.weight_by_age.values():
+        assert sum(shares.values()) == pytest.approx(1)
+        # untrained, all that is held is read: of four segments each one's share, the newer ones' more often
+        assert [age for age, share in shares.items() if share] == ["1", "2", "3-4"]
+        assert shares["1"] > shares["2"]
+    assert not any("by age" in name for name in found.summaries)
 
 
 def test_ages_of_nothing_do_not_count() -> None:

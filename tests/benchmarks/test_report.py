@@ -312,6 +312,23 @@ def test_a_suspicious_memory_is_warned_of_and_diagnostics_are_shown(tmp_path: Pa
     assert "| htm: gate | 0.013 |" in text
 
 
+def test_the_age_of_what_is_read_is_a_table_and_a_picture_up_to_the_oldest(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    for model, shares in (("htm", (0.25, 0.75, 0.0, 0.0)), ("memorizing", (0.5, 0.25, 0.25, 0.0))):
+        for seed in (0, 1):
+            ages = {f"{model}/layer 1": dict(zip(("1", "2", "3-4", "5-8"), shares, strict=True))}
+            results.append(record(model, seed, scores(0.9), weight_by_age=ages))
+    results.append(record("window", 0, scores(0.2), weight_by_age={}))
+    comparison = load(tmp_path)
+    text = markdown(comparison)
+    assert "| segments back | 1 | 2 | 3-4 |\n" in text
+    assert "| htm: htm/layer 1 | 0.250 | 0.750 | 0.000 |\n" in text
+    assert "| memorizing: memorizing/layer 1 | 0.500 | 0.250 | 0.250 |\n" in text
+    canvas = plots.age_map(comparison)
+    assert canvas is not None
+    assert [t.get_text() for t in canvas.axes[0].texts] == ["0.25", "0.75", "0.00", "0.50", "0.25", "0.25"]
+
+
 def test_the_map_has_a_cell_for_each_model_and_point(folder: Path) -> None:
     comparison = load(folder)
     [(name, metrics), *_] = comparison.series().items()
