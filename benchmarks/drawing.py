@@ -141,7 +141,7 @@ def legend_below(canvas: Canvas, more: Sequence[Any] = ()) -> None:
 
     Between the lines of eight models there is hardly ever a place that covers none of them.
     """
-    labelled = {}
+    labelled: dict[str, Any] = {}
     for line in (*more, *(line for axes in canvas.axes for line in axes.lines)):
         if not line.get_label().startswith("_"):
             labelled.setdefault(line.get_label(), line)

@@ -46,8 +46,9 @@ def _of_scores(record: Mapping[str, Any], headline: str) -> list[str]:
     """Whether the score is that of a model without memory, and whether it suffers without."""
     found = []
     facts = record.get("task_facts") or {}
-    metric = next((m for m in facts.get("metrics", ()) if m["name"] == headline), {})
-    floor, score = (facts.get("floor") or {}).get(headline), (record.get("scores") or {}).get(headline)
+    metric: Mapping[str, Any] = next((m for m in facts.get("metrics", ()) if m["name"] == headline), {})
+    floor: Any = (facts.get("floor") or {}).get(headline)
+    score: Any = (record.get("scores") or {}).get(headline)
     up, gain = metric.get("higher_is_better", True), None
     if metric.get("unit") == "accuracy":
         gain = 1 - (floor or 0.0)

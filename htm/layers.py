@@ -267,9 +267,9 @@ class HTMAttention(nn.Module):
         with torch.no_grad():
             available = None if lengths is None else (lengths > 0)[:, None]
             tokens = contents.flatten(1, 2)
-            given, _ = self._prepared(queries, tokens, summaries, available, lengths, None)
+            given, _ = self._prepared(queries, tokens, summaries, available, lengths, None, keep=True)
             outer, chosen, places = given[1], given[2], given[5]
-            _, kept = inner.attend_without_gradient(*given, True)
+            _, kept = inner.attend_without_gradient(*given)
             weights = kept.view(*chosen.shape[:2], self.heads, chosen.shape[2], -1).mean(2)
             if not self.matching:
                 weights = weights * outer[..., None]
@@ -295,8 +295,9 @@ class HTMAttention(nn.Module):
         )
         if summaries.shape[1] == 0:
             available = summaries.new_ones(b, i, 0, dtype=torch.bool)
-        given, allowed = self._prepared(queries, tokens, summaries, available, lengths, mask)
-        mixed, _ = _attend_here()(*given, torch.is_grad_enabled())  # [b, i, h, d]
+        gradient = torch.is_grad_enabled()
+        given, allowed = self._prepared(queries, tokens, summaries, available, lengths, mask, keep=gradient)
+        mixed, _ = _attend_here()(*given)  # [b, i, h, d]
         values = self.value.weight.view(self.heads, self.dim_head, self.dim).mT  # [h, d, e]
         by_head = mixed.flatten(0, 1).transpose(0, 1) @ values
         out = self.out(by_head.transpose(0, 1).reshape(b, i, self.heads * self.dim_head))
@@ -313,8 +314,10 @@ class HTMAttention(nn.Module):
         available: Tensor | None,  # [b, 1 or i, m]
         lengths: Tensor | None,
         mask: Tensor | None,
+        *,
+        keep: bool,
     ) -> tuple[tuple[Any, ...], Tensor | None]:
-        """What the attention inside the chunks is given, but for `keep`; and which chunks may be read."""
+        """What the attention inside the chunks is given, and which chunks may be read."""
         c = self.mem_chunk_size
         chosen, scores, allowed = best_chunks(
             self._summary_queries(queries), summaries, available, self.topk_mems
@@ -330,6 +333,7 @@ class HTMAttention(nn.Module):
             c,
             self.dim,
             self.matching,
+            keep,
         ), allowed
 
     def _summary_queries(self, queries: Tensor) -> Tensor:
