@@ -18,14 +18,16 @@ import pytest
 import torch
 
 from benchmarks import resumable
+from benchmarks.endings import DivergedError
 from benchmarks.evaluate import evaluate, segments
 from benchmarks.learning import accumulate_gradients, learning_rate, loss_of, make_optimizer
 from benchmarks.members import build_model
+from benchmarks.provenance import versions
 from benchmarks.results import DIVERGED, FAILED, FINISHED, Results, RunBusyError, plain
 from benchmarks.settings import RunSpec, TrainSettings, cached_task, command_of, plan
 from benchmarks.task import Batch
 from benchmarks.train import CHECKPOINT, CannotWriteError, run
-from tests.benchmarks.tiny import STREAM, TINY
+from tests.benchmarks.tiny import STREAM, TINY, Stream
 
 NUMBERS = ("loss", "curve", "scores", "memory_use", "parameters", "state_bytes", "tokens")
 
@@ -69,6 +71,8 @@ def test_a_run_ends_with_scores_costs_and_the_command_that_repeats_it(tmp_path: 
     assert [point["step"] for point in record["curve"]] == list(range(1, 9))
     assert sum("score" in point for point in record["curve"]) == spec.train.curve_points
     assert {"torch", "python", "memory-models", "cpu"} <= set(record["versions"])
+    # With the commit, where there is one.
+    assert record["versions"] == versions()
     assert numbers(Results(tmp_path).latest()[spec.id]) == numbers(record)
 
 
@@ -91,6 +95,41 @@ def test_a_run_says_what_it_was_called(tmp_path: Path) -> None:
     record = run(plan(f"{TINY} dim=4 steps=2", "recall", 0, smoke=True), Results(tmp_path))
     assert record is not None
     assert (record["model"], record["label"]) == (TINY, f"{TINY} dim=4 steps=2")
+
+
+def test_all_models_are_trained_on_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[Any]] = []
+    usual = Stream.batch
+
+    def noted(self: Stream, **asked: Any) -> Batch:
+        batch = usual(self, **asked)
+        given[-1].append((asked, batch.tokens.tolist(), batch.labels.tolist()))
+        return batch
+
+    monkeypatch.setattr(Stream, "batch", noted)
+    for model in (TINY, f"{TINY} gradient=replay", "window"):
+        given.append([])
+        spec = plan(model, STREAM, 3, smoke=True, assignments=["steps=2", "curve_points=0"])
+        record = run(spec, Results(tmp_path))
+        assert record is not None
+        assert record["status"] == FINISHED, record
+    # Two steps of training, and what the gradients of the memory are measured on.
+    assert len(given[0]) > 2
+    assert given[0] == given[1] == given[2]
+    assert {asked["seed"] for asked, *_ in given[0]} == {3}
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_spares_the_weights() -> None:
+    spec = tiny_plan(task=STREAM)
+    training = resumable.Training(spec, cached_task(STREAM, spec.task_options))
+    training.advance()
+    before = [p.detach().clone() for p in training.model.parameters()]
+    # The loss stays finite.
+    training.model.module.mix.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(DivergedError, match=r"gradient's norm is (inf|nan) at step 2 of 6"):
+        training.advance()
+    assert all(torch.equal(p, old) for p, old in zip(training.model.parameters(), before, strict=True))
+    assert training.step == 1
 
 
 @pytest.mark.parametrize("task", ["recall", STREAM])
