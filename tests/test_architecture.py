@@ -190,3 +190,18 @@ def test_no_optional_package_is_imported_by_a_librarys_files() -> None:
         if name.partition(".")[0] in SLOW and OPTIONAL not in path.parents
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_time_is_taken_from_a_clock_that_can_be_set(package: str) -> None:
+    # What `time.time` tells jumps when the machine's clock is set; durations are results here.
+    wrong = []
+    for path in files(package):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Attribute(value=ast.Name(id="time"), attr="time" | "time_ns"):
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+                case ast.ImportFrom(module="time", names=names):
+                    if {"time", "time_ns", "*"} & {alias.name for alias in names}:
+                        wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong

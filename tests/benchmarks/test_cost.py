@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.cli import main
-from benchmarks.cost import GRADIENTS, VOCABULARY, plan
+from benchmarks.cost import GRADIENTS, VOCABULARY, command, plan
 from benchmarks.cost.flops import flop_counter
 from benchmarks.cost.measure import _steps, measure, saved_bytes
 from benchmarks.cost.report import DECODING, TRAINING, as_csv, exponent, table, write_report
@@ -242,6 +244,32 @@ def test_the_command_measures_reports_and_does_not_measure_again(
     assert "Training tokens/s" in capsys.readouterr().out
     assert main(words) == 0
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
+
+
+def test_every_case_is_measured_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell = tmp_path / "shell"
+    shell.write_text("""#!/bin/sh
+printf '{"process": %d, "parent": %d, "words": "%s", "case": %s}' $$ $PPID "$*" "$(cat)"
+""")
+    shell.chmod(0o755)
+    monkeypatch.setattr(command, "sys", SimpleNamespace(executable=str(shell)))
+    cases = plan(["window"], [8, 16], usual=SMALL)
+    found = [command.measure_apart(one, timeout=60.0) for one in cases]
+    assert [one["status"] for one in found] == [FINISHED] * 2
+    assert [one["case"] for one in found] == [json.loads(json.dumps(one.to_json())) for one in cases]
+    assert {one["words"] for one in found} == {"-m benchmarks.cost.measure"}
+    assert {one["parent"] for one in found} == {os.getpid()}
+    assert len({os.getpid(), *(one["process"] for one in found)}) == 3
+
+
+def test_the_report_names_the_commit(tmp_path: Path) -> None:
+    one = record("window", 100, 1.0)
+    one["versions"] |= {"commit": "0123abc"}
+    write_report([one], tmp_path, command="memory-bench cost")
+    for name in ("table.md", "index.html"):
+        assert "memory-models 0, commit 0123abc." in (tmp_path / name).read_text()
 
 
 def test_wrong_words_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import drawing
 from benchmarks.extrapolation import longer_points, to_json, training_assignments
 from benchmarks.longer_report import draw_longer, longer_table, unseen
 from benchmarks.report import markdown
@@ -48,7 +51,7 @@ def test_what_cannot_be_lengthened_is_refused() -> None:
         training_assignments("needle", (1, 2), {})
 
 
-def test_the_report_tells_seen_gaps_from_new_ones(tmp_path: Path) -> None:
+def test_the_report_tells_seen_gaps_from_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = Results(tmp_path)
     results.append(record("htm", 0, scores(0.5)))
     more = [metric(f"mean accuracy/gap {gap}", "accuracy") for gap in (3, 4)]
@@ -67,6 +70,17 @@ def test_the_report_tells_seen_gaps_from_new_ones(tmp_path: Path) -> None:
     assert longer_table(load(tmp_path), unseen) == [["model", "× 1", "× 2"], ["htm", "–", "0.233"]]
     [picture] = draw_longer(comparison, tmp_path)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    drawn: list[Any] = []
+    monkeypatch.setattr(drawing, "write_pictures", lambda pictures, out: drawn.extend(pictures.values()))
+    draw_longer(comparison, tmp_path)
+    lines = [
+        [[*zip(line.get_xdata(), line.get_ydata(), strict=True)] for line in axes.lines]
+        for axes in drawn[0].axes
+    ]
+    assert lines[0] == [[(1, 0.5), (2, 0.4)]]
+    [[(_, trained), longer_point]] = lines[1]
+    assert math.isnan(trained)
+    assert longer_point == (2, pytest.approx(0.2))
 
 
 def test_a_bootstrap_interval_is_that_of_all_drawings() -> None:

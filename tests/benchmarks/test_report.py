@@ -293,6 +293,57 @@ def test_quality_stands_against_the_time_of_training_where_it_was_told_apart(tmp
     assert labels == [("processor time of a run", 64.0), ("processor time of training", 48.0)]
 
 
+def points(axes: Any) -> list[tuple[float, float]]:
+    """Where the markers are that stand alone, one for each model."""
+    alone = [line for line in axes.lines if line.get_marker() not in ("", "None", "|", "_")]
+    return sorted((line.get_xdata()[0], line.get_ydata()[0]) for line in alone)
+
+
+def bands(axes: Any) -> list[dict[float, tuple[float, float]]]:
+    """Of each band the lower and the upper end by place."""
+    found = []
+    for band in axes.collections:
+        corners = [tuple(corner) for path in band.get_paths() for corner in path.vertices]
+        ends = {x: [y for place, y in corners if place == x] for x in sorted({x for x, _ in corners})}
+        found.append({x: (min(values), max(values)) for x, values in ends.items()})
+    return found
+
+
+def test_quality_stands_against_the_state(folder: Path) -> None:
+    canvas = plots.quality_by_state(load(folder))
+    assert canvas is not None
+    (axes,) = canvas.axes
+    # Two powers of two below the least that is carried, 8400 bytes, is the place of nothing.
+    assert points(axes) == [(2048.0, 0.2), (8400.0, pytest.approx(0.95))]
+    assert axes.get_xticklabels()[0].get_text() == "none"
+
+
+def test_learning_curves_are_means_with_their_interval_as_a_band(folder: Path) -> None:
+    canvas = plots.learning_curves(load(folder))
+    assert canvas is not None
+    losses, _ = canvas.axes
+    final = [1.0, 1 / 2, 1 / 3]
+    mean, half = statistics.mean(final), 4.303 * statistics.stdev(final) / math.sqrt(3)
+    window, htm = [[*zip(line.get_xdata(), line.get_ydata(), strict=True)] for line in losses.lines]
+    assert window == [(5, 2.0), (10, 1.0)]
+    assert htm == [(5, 2.0), (10, pytest.approx(mean))]
+    # One seed of the window has no interval.
+    [band] = bands(losses)
+    assert band == {5: (2.0, 2.0), 10: pytest.approx((mean - half, mean + half), rel=1e-3)}
+
+
+def test_curves_have_their_interval_as_a_band(folder: Path) -> None:
+    comparison = load(folder)
+    name = "accuracy"
+    canvas = plots.by_distance(comparison, name, comparison.series()[name])
+    assert canvas is not None
+    (axes,) = canvas.axes
+    half = 4.303 * statistics.stdev([0.9, 0.95, 1.0]) / math.sqrt(3)
+    [band] = bands(axes)
+    assert len(band) == len(GAPS)
+    assert all(ends == pytest.approx((0.95 - half, 0.95 + half), rel=1e-3) for ends in band.values())
+
+
 def test_a_suspicious_memory_is_warned_of_and_diagnostics_are_shown(tmp_path: Path) -> None:
     results = Results(tmp_path)
     unused = {
