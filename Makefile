@@ -50,7 +50,8 @@ $(PEERS_READY): benchmarks/requirements-peers.txt
 test: lint $(READY)  ## lint, types and tests (within 5 minutes on two cores)
 	$(BIN)/python -m pytest -n 2
 
-test-all: lint $(READY)  ## the slow tests too
+test-all: lint $(READY)  ## the slow tests too, those on Ray among them
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,sweep]"
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 lint: $(READY)  ## ruff and mypy

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
-import shutil
 import struct
-import subprocess
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 
 from benchmarks.document import (
@@ -24,8 +24,11 @@ from benchmarks.document import (
     as_html,
     as_markdown,
 )
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from benchmarks.report import write_report
+from benchmarks.results import Results
+from benchmarks.summary import load
+from tests.benchmarks.browser import BROWSER, look_at
+from tests.benchmarks.test_report import record, scores
 
 
 def png(width: int, height: int, colour: tuple[int, int, int]) -> bytes:
@@ -40,30 +43,6 @@ def png(width: int, height: int, colour: tuple[int, int, int]) -> bytes:
         + chunk(b"IDAT", zlib.compress(line * height))
         + chunk(b"IEND", b"")
     )
-
-
-def pixels(data: bytes) -> tuple[int, int, list[bytes]]:
-    """Width, height and lines of an 8-bit RGB or RGBA picture, its filters undone."""
-    width, height, _, kind = struct.unpack(">IIBB", data[16:26])
-    size, body, place = {2: 3, 6: 4}[kind], b"", 8
-    while place < len(data):
-        length, name = struct.unpack(">I4s", data[place : place + 8])
-        body += data[place + 8 : place + 8 + length] if name == b"IDAT" else b""
-        place += 12 + length
-    raw, lines = zlib.decompress(body), []
-    before = bytearray(width * size)
-    for y in range(height):
-        start = y * (width * size + 1)
-        line = bytearray(raw[start + 1 : start + 1 + width * size])
-        for x in range(len(line)):
-            left, up = line[x - size] if x >= size else 0, before[x]
-            corner = before[x - size] if x >= size else 0
-            guess = left + up - corner
-            near = min((left, up, corner), key=lambda value: abs(guess - value))
-            line[x] = (line[x] + (0, left, up, (left + up) // 2, near)[raw[start]]) & 255
-        lines.append(bytes(b for i, b in enumerate(line) if i % size < 3))
-        before = line
-    return width, height, lines
 
 
 @pytest.fixture
@@ -123,17 +102,27 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(blocks: list[Block], tm
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
-def test_a_browser_shows_the_page_and_its_picture(blocks: list[Block], tmp_path: Path) -> None:
-    page, shot = tmp_path / "index.html", tmp_path / "shot.png"
-    page.write_text(as_html(blocks), encoding="utf-8")
-    assert BROWSER is not None
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,900", f"--screenshot={shot}"]
-    subprocess.run([*command, page.as_uri()], check=True, timeout=100, capture_output=True)
-    width, height, lines = pixels(shot.read_bytes())
-    assert (width, height) == (900, 900)
-    red = sum(line.count(b"\xff\x00\x00") for line in lines)
-    assert red > 0.9 * 300 * 200
-    # The warning's bar and the text are there too.
-    assert any(b"\xe0\x8e\x1b" in line for line in lines)
-    assert sum(line.count(b"\x20\x24\x2a") for line in lines) > 100
+def test_a_browser_shows_a_report_and_its_pictures(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    for seed, value in enumerate((0.9, 0.95, 1.0)):
+        results.append(record("htm", seed, scores(value)))
+        results.append(record("window", seed, scores(value / 4)))
+    # Warned of, for its memory is not used.
+    modes = ("carried", "none", "shuffled", "frozen")
+    unused = {"drop": dict.fromkeys(modes[1:], 0.0), "scores": dict.fromkeys(modes, scores(0.5))}
+    results.append(record("gru", 0, scores(0.5), memory_use=unused))
+    _, page, _, *pictures = write_report(load(tmp_path), tmp_path / "report")
+    drawn = [picture.read_bytes() for picture in pictures]
+    # The page must do without the files beside it.
+    for picture in pictures:
+        picture.unlink()
+    seen = look_at(page, tmp_path / "profile", width=900, height=2400)
+    assert seen.complaints == []
+    assert seen.requests == [page.as_uri()]
+    assert len(pictures) == 7
+    assert seen.images == [(True, *struct.unpack(">II", data[16:24])) for data in drawn]
+    shown = (matplotlib.image.imread(io.BytesIO(seen.shot))[..., :3] * 255).round()
+    assert shown.shape == (2400, 900, 3)
+    # The warning's bar and the text are to be seen.
+    assert (shown == (0xE0, 0x8E, 0x1B)).all(-1).sum() > 50
+    assert (shown == (0x20, 0x24, 0x2A)).all(-1).sum() > 100

@@ -133,7 +133,20 @@ def test_on_ray_every_run_is_a_task_of_ray(
     line = record(TINY, 0, scores(0.5), id=good.id)
     (results.run_folder(good.id) / "line").write_text(json.dumps(line) + "\n")
     script(results, dying.id, f'echo "threads $OMP_NUM_THREADS"; {DIE}')
-    words = ["--models", TINY, "--task", STREAM, "--smoke", "--seeds", "0", "1", "--jobs", "3", "--out", "out"]
+    words = [
+        "--models",
+        TINY,
+        "--task",
+        STREAM,
+        "--smoke",
+        "--seeds",
+        "0",
+        "1",
+        "--jobs",
+        "3",
+        "--out",
+        "out",
+    ]
     assert main(["compare", *words, "--on", "ray"]) == 1
     found = results.latest()
     assert [found[spec.id]["status"] for spec in (good, dying)] == [FINISHED, FAILED]
