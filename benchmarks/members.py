@@ -35,14 +35,17 @@ def known_options(name: str) -> set[str]:
     return set(config_fields(name)) | of_lm
 
 
-def code_digest(name: str, *modules: str) -> str:
-    """Hash of the code that makes a run's numbers: of member `name`, and of all that `modules` import."""
+def code_digest(name: str, *modules: str, afresh: bool = False) -> str:
+    """Hash of the code that makes a run's numbers: of member `name`, and of all that `modules` import.
+
+    `afresh` as in `source_digest`.
+    """
     module = info(name).target.partition(":")[0]
     package = module.rpartition(".")[0]
     spec = importlib.util.find_spec(package) if package else None
     # A namespace package is a mere folder; what else lies there is not the member's code.
     own = package if spec is not None and spec.origin is not None else module
-    return source_digest(["memory_models", own], reached_from=[module, *modules])
+    return source_digest(["memory_models", own], reached_from=[module, *modules], afresh=afresh)
 
 
 def tags_of(name: str) -> list[str]:

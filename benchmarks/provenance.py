@@ -62,7 +62,7 @@ def peak_memory() -> int | None:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def source_digest(modules: Sequence[str], *, reached_from: Sequence[str] = ()) -> str:
+def source_digest(modules: Sequence[str], *, reached_from: Sequence[str] = (), afresh: bool = False) -> str:
     """Hash of code; comments, docstrings and layout do not count.
 
     Part of a run's id: without it a corrected model would be "finished" with the old model's numbers.
@@ -71,7 +71,11 @@ def source_digest(modules: Sequence[str], *, reached_from: Sequence[str] = ()) -
     Args:
         modules: modules or whole packages.
         reached_from: modules that count with all of `imported_modules`.
+        afresh: read all files again, which may have changed since this process read them.
     """
+    if afresh:
+        _digest_of.cache_clear()
+        _imports_of.cache_clear()
     digest = hashlib.sha256()
     for module in sorted(set(modules)):
         digest.update(_digest_of(module))
@@ -107,22 +111,35 @@ def _imports_of(module: str) -> tuple[str, ...]:
     package = module if _is_package(module) else module.rpartition(".")[0]
     followed = {module.partition(".")[0], "benchmarks"}
     found: list[str] = []
-    nodes: list[ast.AST] = [ast.parse(path.read_bytes()) for path in _source_files(module, alone=True)]
+    for path in _source_files(module, alone=True):
+        for level, base, names in _import_statements(path.read_bytes()):
+            if names is None:
+                found.append(base)
+                continue
+            base = importlib.util.resolve_name("." * level + base, package) if level else base
+            found.append(base)
+            if base.partition(".")[0] in followed and _is_package(base):
+                # Its names may be modules.
+                found += [f"{base}.{name}" for name in names]
+    return tuple(name for name in found if name.partition(".")[0] in followed and _find(name) is not None)
+
+
+# By content: to read a file again takes little, to parse it much more.
+@functools.lru_cache(maxsize=1024)
+def _import_statements(source: bytes) -> tuple[tuple[int, str, tuple[str, ...] | None], ...]:
+    """Level, module and names of each `from ... import ...`; names None for a plain `import`."""
+    found: list[tuple[int, str, tuple[str, ...] | None]] = []
+    nodes: list[ast.AST] = [ast.parse(source)]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
         nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            found += [(0, alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = "." * node.level + (node.module or "")
-            base = importlib.util.resolve_name(base, package) if node.level else base
-            found.append(base)
-            if base.partition(".")[0] in followed and _is_package(base):
-                # Its names may be modules.
-                found += [f"{base}.{alias.name}" for alias in node.names]
-    return tuple(name for name in found if name.partition(".")[0] in followed and _find(name) is not None)
+            found.append((node.level, node.module or "", tuple(alias.name for alias in node.names)))
+    return tuple(found)
 
 
 def _find(module: str) -> importlib.machinery.ModuleSpec | None:
@@ -142,7 +159,7 @@ def _digest_of(module: str, *, alone: bool = False) -> bytes:
     digest = hashlib.sha256(module.encode())
     for path in _source_files(module, alone=alone):
         digest.update(path.name.encode())
-        digest.update(_code_of(path))
+        digest.update(_code_of(path.read_bytes()))
     return digest.digest()
 
 
@@ -157,12 +174,14 @@ def _source_files(module: str, *, alone: bool = False) -> list[Path]:
     return [Path(spec.origin)] if spec.origin and spec.origin.endswith(".py") else []
 
 
-def _code_of(path: Path) -> bytes:
-    tree = ast.parse(path.read_bytes())
+@functools.lru_cache(maxsize=1024)
+def _code_of(source: bytes) -> bytes:
+    """Digest of the code in a file."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             node.body = [statement for statement in node.body if not _is_text(statement)]
-    return ast.dump(tree).encode()
+    return hashlib.sha256(ast.dump(tree).encode()).digest()
 
 
 def _is_text(statement: ast.stmt) -> bool:

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from benchmarks.task import Task
 
 
+class CodeChangedError(RuntimeError):
+    """The code or a library is not what the run was planned with."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How one model is trained and evaluated."""
@@ -196,10 +200,29 @@ def plan(
         model_options=_model_options(model, task, built, smoke=smoke, chosen=model_options),
         task_options=task_options,
         fingerprint=built.fingerprint(),
-        code=code_digest(model, "benchmarks.train", type(built).__module__),
-        libraries={name: version_of(name) for name in ("torch", "x-transformers")},
+        code=_code_of(model, task),
+        libraries=_libraries(),
         variant=" ".join(own),
     )
+
+
+def check_code(spec: RunSpec) -> None:
+    """Refuse to do the run with other code or libraries than those that its id stands for.
+
+    The files are read again: in a process that was started to do the run they may be other ones than those
+    that the run was planned with.
+
+    Raises:
+        CodeChangedError: if they are.
+    """
+    code, libraries = _code_of(spec.model, spec.task, afresh=True), _libraries()
+    # A spec that was not planned may say nothing of them.
+    others = {name: libraries[name] for name in spec.libraries if name in libraries}
+    if spec.code not in ("", code) or others != spec.libraries:
+        raise CodeChangedError(
+            "the code changed since this run was planned, or a library, so its numbers would be filed under "
+            "the name of other code; give the same command again"
+        )
 
 
 def relative_cost(spec: RunSpec) -> float:
@@ -280,6 +303,16 @@ def setting_of(spec: RunSpec, name: str) -> Any:
 def value_of(text: str) -> Any:
     """What the text after the `=` of an assignment means: a number, a tuple, true, false, none or itself."""
     return _value(text)
+
+
+def _code_of(model: str, task: str, *, afresh: bool = False) -> str:
+    from benchmarks.task import tasks
+
+    return code_digest(model, "benchmarks.train", tasks.load(task).__module__, afresh=afresh)
+
+
+def _libraries() -> dict[str, str]:
+    return {name: version_of(name) for name in ("torch", "x-transformers")}
 
 
 def _words(model: str) -> list[str]:

@@ -25,7 +25,14 @@ from benchmarks.members import build_model, tags_of
 from benchmarks.provenance import peak_memory, versions
 from benchmarks.results import DIVERGED, FAILED, FINISHED, Record, Results, write_json
 from benchmarks.resumable import CannotWriteError, Training, writing
-from benchmarks.settings import RunSpec, TrainSettings, cached_task, command_of
+from benchmarks.settings import (
+    CodeChangedError,
+    RunSpec,
+    TrainSettings,
+    cached_task,
+    check_code,
+    command_of,
+)
 from benchmarks.task import Task
 
 logger = logging.getLogger(__name__)
@@ -90,10 +97,13 @@ def run(
             write_json(folder / "spec.json", spec.to_json())
         outcome: Record
         try:
+            check_code(spec)
             if spec.trained is None:
                 found = _train_and_evaluate(spec, folder, stopped, progress, checkpoint_seconds)
             else:
                 found = _evaluate_trained(spec, results.run_folder(spec.trained.id), stopped, progress)
+            # Again: some modules are only imported on the way.
+            check_code(spec)
             outcome = {"status": FINISHED, **found}
         except StoppedError:
             return None
@@ -101,6 +111,8 @@ def run(
             raise
         except DivergedError as error:
             outcome = {"status": DIVERGED, "error": str(error)}
+        except CodeChangedError as error:
+            outcome = {"status": FAILED, "error": str(error)}
         except Exception as error:
             logger.exception("run %s failed", spec.id)
             outcome = {

@@ -87,7 +87,7 @@ def test_the_code_counts_and_its_comments_do_not(tmp_path: Path, monkeypatch: py
 def _digest_without_name(package: str) -> list[bytes]:
     from benchmarks.provenance import _code_of, _source_files
 
-    return [_code_of(path) for path in _source_files(package)]
+    return [_code_of(path.read_bytes()) for path in _source_files(package)]
 
 
 @pytest.mark.parametrize("module", ["benchmarks.train", "benchmarks.tasks.text", "benchmarks.tasks.ballet"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -205,6 +206,43 @@ def test_an_error_in_a_model_is_recorded_with_its_traceback(tmp_path: Path) -> N
     assert record["status"] == FAILED
     assert "broken on purpose" in record["error"]
     assert any("_have_trouble" in line for line in record["traceback"])
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_run_is_not_filed_under_the_name_of_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = f"plugin_changed_{when}"
+    plugin = tmp_path / f"{name}.py"
+    text = "from tests.benchmarks.tiny import Stream\n\nclass Own(Stream):\n    name = 'own'\n"
+    plugin.write_text(text)
+    spec, results = plan(TINY, f"{name}:Own", 0, smoke=True), Results(tmp_path / "results")
+
+    def edit() -> bool:
+        plugin.write_text(text + "    summary = 'another'\n")
+        return False
+
+    if when == "before":
+        edit()
+    record = run(spec, results, stopped=edit)
+    assert record is not None
+    assert record["status"] == FAILED
+    assert record["error"].startswith("the code changed since this run was planned")
+    assert not results.is_finished(spec.id)
+    # With the code that it was planned with, and comments at most, it is what its name says.
+    plugin.write_text(text + "    # nothing\n")
+    again = run(spec, results)
+    assert again is not None
+    assert again["status"] == FINISHED
+
+
+def test_a_run_is_not_done_with_other_libraries_than_planned(tmp_path: Path) -> None:
+    spec = tiny_plan("steps=2")
+    other = dataclasses.replace(spec, libraries={**spec.libraries, "torch": "0.1"})
+    record = run(other, Results(tmp_path))
+    assert record is not None
+    assert record["error"].startswith("the code changed since this run was planned")
 
 
 def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
