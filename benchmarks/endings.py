@@ -7,4 +7,4 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class DivergedError(Exception):
-    """The loss or the gradient is not finite."""
+    """The loss, the gradient, a parameter or an output is not finite."""

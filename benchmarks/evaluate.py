@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.task import Batch, Task
+from benchmarks.endings import DivergedError
+from benchmarks.task import IGNORED, Batch, Task
 
 MODES = ("carried", "none", "shuffled", "frozen")
 
@@ -95,6 +96,8 @@ def evaluate(
 
     Raises:
         ValueError: if `mode` is unknown.
+        DivergedError: if an answer is not finite, with the memory carried; a model need not stand what the
+            other modes do to its memory.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
@@ -109,7 +112,10 @@ def evaluate(
                 heartbeat()
                 if not task.streaming:
                     carrier.start_afresh()
-                scorer.update(carrier.read(batch), batch)
+                logits = carrier.read(batch)
+                if mode == "carried":
+                    _check_finite(logits, batch)
+                scorer.update(logits, batch)
                 tokens += batch.tokens.numel()
     finally:
         model.train(was_training)
@@ -121,6 +127,14 @@ def evaluate(
         tokens=tokens,
         seconds=time.perf_counter() - began,
     )
+
+
+def _check_finite(logits: Tensor, batch: Batch) -> None:
+    wrong = int((~logits.isfinite().all(-1) & (batch.labels != IGNORED)).sum())
+    if wrong:
+        raise DivergedError(
+            f"the logits are not finite in evaluation, at {wrong} of {batch.asked} positions asked for"
+        )
 
 
 class StateWeight:

@@ -98,7 +98,8 @@ class Training:
         """One optimiser step, and what the learning curve asks for after it.
 
         Raises:
-            DivergedError: if the loss or the gradient is not finite; the weights are then as before.
+            DivergedError: if the loss or the gradient is not finite, the weights then being as before; or if
+                the weights are not finite after the last step, or what the learning curve evaluates.
         """
         settings = self.settings
         with self.timed("training"):
@@ -124,10 +125,21 @@ class Training:
             if not self.task.streaming:
                 self.memory = None
             self.step += 1
+            if self.step == settings.steps:
+                self._check_parameters()
             self.tokens += sum(batch.tokens.numel() for batch in batches)
             self.losses.append(value)
             self.last_loss = value
         self._draw_curve()
+
+    def _check_parameters(self) -> None:
+        # Of any other step the next one's loss tells; and a score of such a model may even look good.
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise DivergedError(
+                    f"{name} is not finite after step {self.step} of {self.settings.steps}; try a smaller "
+                    "learning_rate"
+                )
 
     def _draw_curve(self) -> None:
         settings, step = self.settings, self.step

@@ -200,6 +200,30 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path: Path) -> N
     assert results.records()[-1]["status"] == DIVERGED
 
 
+@pytest.mark.parametrize("points", [0, 8])
+def test_a_last_step_that_leaves_weights_that_are_not_finite_is_no_result(
+    tmp_path: Path, points: int
+) -> None:
+    spec = tiny_plan("steps=1", "learning_rate=1e38", "warmup=0", f"curve_points={points}", task=STREAM)
+    record = run(spec, Results(tmp_path))
+    assert record is not None
+    assert record["status"] == DIVERGED
+    assert "not finite" in record["error"]
+    assert "scores" not in record
+
+
+def test_answers_that_are_not_finite_are_no_score() -> None:
+    spec = tiny_plan(task=STREAM)
+    task = cached_task(STREAM, spec.task_options)
+    model = build_model(TINY, spec.model_options, task.vocab_size)
+    evaluate(model, task, rows=4)
+    # Of a token that is read and given, whose row the gradient may never have reached.
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.shape[0] == task.vocab_size)[0] = math.nan
+    with pytest.raises(DivergedError, match="logits are not finite in evaluation"):
+        evaluate(model, task, rows=4)
+
+
 def test_an_error_in_a_model_is_recorded_with_its_traceback(tmp_path: Path) -> None:
     record = run(tiny_plan("trouble=raise"), Results(tmp_path))
     assert record is not None
