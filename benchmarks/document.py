@@ -11,7 +11,8 @@ from pathlib import Path
 
 TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 _NUMBER = re.compile(
-    r"^[−-]?\d[\d.,]*(e[+-]?\d+)?( ?[A-Za-z%×]{1,3})?( ± [\d.]+| \[−?[\d.]+ −?[\d.]+\])?$|^–?$"
+    r"^[−-]?\d[\d.,]*(e[+-]?\d+)?( ?[A-Za-z%×]{1,3})?( ± [\d.]+| \[−?[\d.]+ −?[\d.]+\])?"
+    r"( \(\d+ of \d+\))?$|^–?$"
 )
 
 

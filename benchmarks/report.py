@@ -173,8 +173,10 @@ def as_csv(comparison: Comparison) -> str:
         **{f"drop with memory {mode}": ("memory_use", "drop", mode) for mode in MODES},
     }
     columns = ["model", "runs", "finished", "status"]
-    # Both intervals: ± is half of Student's t, low and high are the ends of the bootstrap.
-    columns += [f"{name}{end}" for name in metrics for end in ("", " ±", " low", " high")]
+    # Both intervals: ± is half of Student's t, low and high are the ends of the bootstrap; and how many seeds
+    # the mean is of, which may be fewer than have finished.
+    ends = ("", " ±", " low", " high", " seeds")
+    columns += [f"{name}{end}" for name in metrics for end in ends]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*columns, *costs])
@@ -183,9 +185,14 @@ def as_csv(comparison: Comparison) -> str:
         for name in metrics:
             figure = row.figure("scores", name)
             if figure is None:
-                cells += [""] * 4
+                cells += [""] * len(ends)
             else:
-                cells += [figure.mean, blank(figure.half_width), *(figure.bootstrap or ("", ""))]
+                cells += [
+                    figure.mean,
+                    blank(figure.half_width),
+                    *(figure.bootstrap or ("", "")),
+                    figure.count,
+                ]
         for path in costs.values():
             figure = row.figure(*path)
             cells.append("" if figure is None else figure.mean)
@@ -194,7 +201,7 @@ def as_csv(comparison: Comparison) -> str:
         values = comparison.facts.get(key, {})
         cells = [key, "", "", ""]
         for name in metrics:
-            cells += [blank(values.get(name)), "", "", ""]
+            cells += [blank(values.get(name)), *[""] * (len(ends) - 1)]
         writer.writerow(cells + [""] * len(costs))
     return text.getvalue()
 
@@ -236,6 +243,12 @@ def directions(comparison: Comparison, metrics: Sequence[Mapping[str, Any]]) -> 
             0, f"From {point(curve[0]['name'])} to {point(curve[-1]['name'])}: {curve[0]['series']}."
         )
     words += _rarely_asked(comparison, curve)
+    if any(
+        (figure := row.figure("scores", metric["name"])) is not None and figure.missing
+        for row in comparison.rows
+        for metric in metrics
+    ):
+        words.append("(2 of 3): a mean over two of three seeds; the others gave no number.")
     seeds = max((len(row.finished) for row in comparison.rows), default=0)
     if seeds >= SEEDS_FOR_INTERVAL:
         words.append(f"Means over {seeds} seeds with {_interval_in_words(comparison.interval, seeds)}.")

@@ -43,10 +43,13 @@ class Figure:
     """The single values, from which the bootstrap interval is taken."""
     interval: str = T_INTERVAL
     """Which interval to show, one of `INTERVALS`."""
+    missing: int = 0
+    """Seeds that have no value, or none that is finite."""
 
     @classmethod
     def of(cls, values: Iterable[float | None], *, interval: str = T_INTERVAL) -> Figure | None:
         """Of the values that are there; None if none is."""
+        values = list(values)
         found = [value for value in values if value is not None and math.isfinite(value)]
         if not found:
             return None
@@ -59,6 +62,7 @@ class Figure:
             count=len(found),
             values=tuple(found),
             interval=interval,
+            missing=len(values) - len(found),
         )
 
     @property

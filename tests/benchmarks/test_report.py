@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import drawing, plots
+from benchmarks import document, drawing, plots
 from benchmarks.formatting import count, number, size
 from benchmarks.report import (
     as_csv,
@@ -157,7 +157,22 @@ def test_numbers_read_well() -> None:
 
 def test_a_figure_leaves_out_what_is_not_there() -> None:
     assert Figure.of([None, math.nan]) is None
-    assert Figure.of([1.0, None, 2.0]) == Figure(mean=1.5, half_width=None, count=2)
+    assert Figure.of([1.0, None, 2.0]) == Figure(mean=1.5, half_width=None, count=2, missing=1)
+
+
+def test_a_figure_that_some_seeds_do_not_have_says_so(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    for seed, value in enumerate((0.5, float("nan"), 0.75)):
+        results.append(record("htm", seed, scores(value)))
+    comparison = load(tmp_path)
+    text = markdown(comparison)
+    assert "| htm | 0.625 (2 of 3) |" in text
+    assert "the others gave no number" in text
+    assert document._NUMBER.match("0.625 [0.500 0.750] (2 of 3)")
+    [line, *_] = csv.DictReader(io.StringIO(as_csv(comparison)))
+    assert (line["finished"], line[f"{comparison.headline} seeds"]) == ("3", "2")
+    # Where all seeds have it, nothing is added.
+    assert number(Figure.of([0.5, 0.75])) == "0.625"
 
 
 def test_the_markdown_says_what_went_wrong_and_how_to_do_it_again(folder: Path) -> None:
