@@ -374,8 +374,10 @@ def _print_tables(
 
 
 def _print_failures(comparison: Comparison) -> None:
+    from benchmarks.summary import run_name
+
     for record in comparison.failures:
-        print(f"{record['model']} seed {record['seed']} {record['status']}: {record.get('error', '')}")
+        print(f"{run_name(record)} {record['status']}: {record.get('error', '')}")
 
 
 def _console() -> Any:

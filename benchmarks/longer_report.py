@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,7 +49,10 @@ def longer_table(comparison: Comparison, figure: Figured) -> list[list[str]]:
     factors = lengths(comparison)
     lines = [["model", *(f"× {factor}" for factor in factors)]]
     for model, rows in _in_order(comparison):
-        lines.append([model, *(number(_cell(comparison, rows, factor, figure)) for factor in factors)])
+        cells = [number(_cell(comparison, rows, factor, figure)) for factor in factors]
+        bad = {factor: row.status for factor, row in rows.items() if not row.finished}
+        cells = [bad.get(factor, cell) for factor, cell in zip(factors, cells, strict=True)]
+        lines.append([model, *cells])
     return lines
 
 
@@ -131,4 +135,8 @@ def _in_order(comparison: Comparison) -> list[tuple[str, Mapping[int, Row]]]:
 
 def _cell(comparison: Comparison, rows: Mapping[int, Row], factor: int, figure: Figured) -> Figure | None:
     row = rows.get(factor)
-    return None if row is None else figure(comparison, row)
+    found = None if row is None else figure(comparison, row)
+    if row is None or found is None:
+        return None
+    # Runs that failed are named nowhere else in the table.
+    return dataclasses.replace(found, missing=len(row.records) - found.count)

@@ -25,7 +25,16 @@ from benchmarks.formatting import count, number, size, small
 from benchmarks.groups import ENOUGH
 from benchmarks.longer_report import draw_longer, longer_section
 from benchmarks.results import write_atomically
-from benchmarks.summary import BOOTSTRAP, SEEDS_FOR_INTERVAL, Comparison, Figure, point, title, weight_by_age
+from benchmarks.summary import (
+    BOOTSTRAP,
+    SEEDS_FOR_INTERVAL,
+    Comparison,
+    Figure,
+    point,
+    run_name,
+    title,
+    weight_by_age,
+)
 from benchmarks.terms_report import terms_columns, terms_section
 
 MODES = {
@@ -409,13 +418,11 @@ def _warnings(comparison: Comparison) -> list[str]:
 def failure_section(comparison: Comparison) -> list[Block]:
     """The runs that failed, now or before they succeeded, or have not ended; nothing if all is well."""
     lines = [
-        f"{record['model']} seed {record['seed']} {record['status']}: {record.get('error', '')} "
-        f"(`{record['command']}`)"
+        f"{run_name(record)} {record['status']}: {record.get('error', '')} (`{record['command']}`)"
         for record in comparison.failures
     ]
     lines += [
-        f"{record['model']} seed {record['seed']} {record['status']} once, then succeeded: "
-        f"{record.get('error', '')}"
+        f"{run_name(record)} {record['status']} once, then succeeded: {record.get('error', '')}"
         for record in comparison.attempts
     ]
     lines += [f"{name} has not ended yet" for name in comparison.missing]

@@ -169,6 +169,7 @@ class Comparison:
         match: on what terms the models were made equal (`benchmarks.match`); empty if they were not.
         tuning: how the learning rates were chosen (`benchmarks.tuning`); empty if they were not.
         longer: the runs evaluated on longer sequences, a row for each model and factor.
+        trials: the runs that tried a learning rate.
     """
 
     task: str
@@ -180,6 +181,7 @@ class Comparison:
     match: dict[str, Any] = field(default_factory=dict)
     tuning: dict[str, Any] = field(default_factory=dict)
     longer: dict[str, dict[int, Row]] = field(default_factory=dict)
+    trials: tuple[Record, ...] = ()
 
     @property
     def interval(self) -> str:
@@ -193,8 +195,16 @@ class Comparison:
 
     @property
     def failures(self) -> list[Record]:
-        """Runs whose last word is a failure."""
-        return [record for row in self.rows for record in row.records if record["status"] != FINISHED]
+        """Runs whose last word is a failure, on longer sequences and in trials of rates too."""
+        longer = [
+            record
+            for rows in self.longer.values()
+            for factor, row in rows.items()
+            if factor != 1  # that is the run in `rows`
+            for record in row.records
+        ]
+        records = [*(record for row in self.rows for record in row.records), *longer, *self.trials]
+        return [record for record in records if record["status"] != FINISHED]
 
     def series(self) -> dict[str, list[dict[str, Any]]]:
         """The metrics that form a curve, by the name of the curve; the headline's own curve first."""
@@ -235,7 +245,8 @@ def load(folder: str | Path, *, interval: str = T_INTERVAL) -> Comparison:
         chosen = [
             {**latest[run["id"]], "model": run["model"]} for run in comparison["runs"] if run["id"] in latest
         ]
-        missing = [f"{r['model']} seed {r['seed']}" for r in comparison["runs"] if r["id"] not in latest]
+        missing = [run_name(run) for run in comparison["runs"] if run["id"] not in latest]
+        missing += _longer_missing(comparison.get("longer", ()), latest)
         task, command = comparison["task"], comparison["command"]
     else:
         # Runs that chose a learning rate, or evaluate what another run has trained.
@@ -250,17 +261,28 @@ def load(folder: str | Path, *, interval: str = T_INTERVAL) -> Comparison:
             f"{results.folder} holds no run that has ended; start one with memory-bench compare or run"
         )
     finished = [record for record in chosen if record["status"] == FINISHED]
-    ids = {record["id"] for record in finished}
+    terms = (comparison or {}).get("tuning") or {}
+    longer = _longer((comparison or {}).get("longer", ()), latest)
+    trials = [{**latest[one["id"]], **one} for one in terms.get("trials", ()) if one["id"] in latest]
+    further = [r for rows in longer.values() for row in rows.values() for r in row.finished]
+    further += [trial for trial in trials if trial["status"] == FINISHED]
+    # By id, so that a failure before it is called like the run.
+    well = {record["id"]: record for record in (*further, *finished)}
     found = Comparison(
         task=task,
         facts=finished[-1]["task_facts"] if finished else {},
         rows=_rows(chosen),
         missing=tuple(missing),
-        attempts=tuple(r for r in every if r["id"] in ids and r["status"] != FINISHED),
+        attempts=tuple(
+            {**well[r["id"]], "status": r["status"], "error": r.get("error", "")}
+            for r in every
+            if r["id"] in well and r["status"] != FINISHED
+        ),
         command=command,
         match=(comparison or {}).get("match") or {},
-        tuning=(comparison or {}).get("tuning") or {},
-        longer=_longer((comparison or {}).get("longer", ()), latest),
+        tuning=terms,
+        longer=longer,
+        trials=tuple(trials),
     )
     return with_interval(found, interval)
 
@@ -285,7 +307,10 @@ def _longer(points: Iterable[Mapping[str, Any]], latest: Mapping[str, Record]) -
     found: dict[str, dict[int, list[Record]]] = {}
     for point in points:
         if point["id"] in latest:
-            found.setdefault(point["model"], {}).setdefault(point["factor"], []).append(latest[point["id"]])
+            entry = {**latest[point["id"]], "model": point["model"]}
+            if point["factor"] != 1:
+                entry["factor"] = point["factor"]
+            found.setdefault(point["model"], {}).setdefault(point["factor"], []).append(entry)
     return {
         model: {factor: Row(model=model, records=tuple(records)) for factor, records in sorted(rows.items())}
         for model, rows in found.items()
@@ -307,6 +332,28 @@ def weight_by_age(comparison: Comparison) -> dict[str, dict[str, Figure | None]]
     ]
     last = max(read, default=-1) + 1
     return {name: dict(itertools.islice(figures.items(), last)) for name, figures in lines.items()}
+
+
+def _longer_missing(points: Sequence[Mapping[str, Any]], latest: Mapping[str, Record]) -> list[str]:
+    # Where the training failed nothing is to come.
+    trained = {
+        (point["model"], point["seed"])
+        for point in points
+        if point["factor"] == 1 and latest.get(point["id"], {}).get("status") == FINISHED
+    }
+    return [
+        run_name(point)
+        for point in points
+        if point["factor"] != 1 and point["id"] not in latest and (point["model"], point["seed"]) in trained
+    ]
+
+
+def run_name(run: Mapping[str, Any]) -> str:
+    """What a run of a comparison is called, whether reported, on longer sequences or a trial of a rate."""
+    name = f"{run['model']} seed {run['seed']}"
+    if "factor" in run:
+        name += f" at × {run['factor']}" if run["factor"] != 1 else ""
+    return f"{name} at learning rate {run['rate']:g}" if "rate" in run else name
 
 
 def title(metric: str) -> str:

@@ -112,4 +112,4 @@ def tune(
     records = {record["id"]: record for record in do([trial.spec for trial in trials])}
     choices = choose(trials, records)
     tuned = terms._adding({model: choice.assignments for model, choice in choices.items()})
-    return dataclasses.replace(tuned, tuning=summary(choices, seed=seed, steps=steps))
+    return dataclasses.replace(tuned, tuning=summary(choices, trials, seed=seed, steps=steps))

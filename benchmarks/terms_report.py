@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.document import Block, Bullets, Heading, Paragraph, Table
+from benchmarks.results import FINISHED
 from benchmarks.summary import Comparison, title
 
 UNITS = {"params": "parameters", "state": "bytes of state"}
@@ -56,9 +57,13 @@ def _tuning_section(comparison: Comparison) -> list[Block]:
     chosen = tuning["chosen"]
     rates = sorted({trial["rate"] for choice in chosen.values() for trial in choice["scores"]})
     lines = [["model", *map(_rate, rates), "chosen"]]
+    ended = {(trial["model"], trial["rate"]): trial["status"] for trial in comparison.trials}
     for name, choice in chosen.items():
         scores = {trial["rate"]: trial["score"] for trial in choice["scores"]}
-        cells = ["–" if scores.get(rate) is None else f"{scores[rate]:.3f}" for rate in rates]
+        cells = [
+            f"{scores[rate]:.3f}" if scores.get(rate) is not None else _badly(ended.get((name, rate)))
+            for rate in rates
+        ]
         lines.append([name, *cells, _rate(choice["rate"])])
     steps = "as many steps as" if tuning["steps"] is None else f"{tuning['steps']} steps instead of those of"
     words = (
@@ -85,6 +90,10 @@ def _width(found: Mapping[str, Any]) -> str:
     if found["note"]:
         return found["note"].partition(":")[0]
     return ", ".join(f"{name} {value}" for name, value in found["options"].items()) or "as in the settings"
+
+
+def _badly(status: str | None) -> str:
+    return "–" if status in (None, FINISHED) else str(status)
 
 
 def _rate(rate: float | None) -> str:

@@ -113,8 +113,10 @@ def choose(trials: Sequence[Trial], records: Mapping[str, Record]) -> dict[str, 
     return {model: _best(model, found, higher.get(model, True)) for model, found in scores.items()}
 
 
-def summary(choices: Mapping[str, Choice], *, seed: int, steps: int | None) -> dict[str, Any]:
-    """For the report: what was chosen, from what."""
+def summary(
+    choices: Mapping[str, Choice], trials: Sequence[Trial], *, seed: int, steps: int | None
+) -> dict[str, Any]:
+    """For the report: what was chosen, from what, by which runs."""
     chosen = {
         name: {
             "rate": choice.rate,
@@ -123,7 +125,8 @@ def summary(choices: Mapping[str, Choice], *, seed: int, steps: int | None) -> d
         }
         for name, choice in choices.items()
     }
-    return {"seed": seed, "steps": steps, "chosen": chosen}
+    runs = [{"id": t.spec.id, "model": t.model, "rate": t.rate, "seed": t.spec.seed} for t in trials]
+    return {"seed": seed, "steps": steps, "chosen": chosen, "trials": runs}
 
 
 def _best(model: str, scores: Mapping[float, float | None], higher: bool) -> Choice:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from benchmarks import drawing
+from benchmarks.cli import main
 from benchmarks.extrapolation import longer_points, to_json, training_assignments
 from benchmarks.longer_report import draw_longer, longer_table, unseen
 from benchmarks.report import markdown
-from benchmarks.results import Results, write_json
+from benchmarks.results import FAILED, Results, write_json
 from benchmarks.settings import cached_task, plan
 from benchmarks.summary import BOOTSTRAP, Figure, bootstrap_interval, load
 from tests.benchmarks.test_report import FACTS, metric, record, scores
@@ -81,6 +82,33 @@ def test_the_report_tells_seen_gaps_from_new_ones(tmp_path: Path, monkeypatch: p
     [[(_, trained), longer_point]] = lines[1]
     assert math.isnan(trained)
     assert longer_point == (2, pytest.approx(0.2))
+
+
+def test_what_failed_on_longer_sequences_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = Results(tmp_path)
+    runs, points = [], []
+    for model, seed in (("htm", 0), ("htm", 1), ("memxl", 0), ("gru", 0)):
+        runs.append({"id": f"{model}-{seed}", "model": model, "seed": seed})
+        results.append(record(model, seed, scores(0.5)))
+        points += [{**runs[-1], "factor": 1}, {**runs[-1], "id": f"{model}-{seed}-longer", "factor": 4}]
+    bad = {"status": FAILED, "error": "too long"}
+    results.append(record("htm", 0, scores(0.4), id="htm-0-longer"))
+    results.append(record("htm", 1, {}, id="htm-1-longer", **bad))
+    results.append(record("memxl", 0, {}, id="memxl-0-longer", **bad))
+    noted = {"task": "made-up", "command": "", "runs": runs, "longer": points}
+    write_json(results.comparison, noted)
+    comparison = load(tmp_path)
+    assert [entry["id"] for entry in comparison.failures] == ["htm-1-longer", "memxl-0-longer"]
+    text = markdown(comparison)
+    assert "| htm | 0.500 | 0.400 (1 of 2) |" in text
+    assert "| memxl | 0.500 | failed |" in text
+    assert "htm seed 1 at × 4 failed: too long" in text
+    assert "gru seed 0 at × 4 has not ended yet" in text
+    assert main(["report", str(tmp_path)]) == 0
+    assert "memxl seed 0 at × 4 failed: too long" in capsys.readouterr().out
+    assert "memxl seed 0 at × 4 failed: too long" in (tmp_path / "index.html").read_text()
+    results.append(record("memxl", 0, scores(0.4), id="memxl-0-longer"))
+    assert "memxl seed 0 at × 4 failed once, then succeeded: too long" in markdown(load(tmp_path))
 
 
 def test_a_bootstrap_interval_is_that_of_all_drawings() -> None:

@@ -87,6 +87,10 @@ def test_the_chosen_rate_is_what_the_reported_runs_get_and_trials_are_not_report
     assert [spec.train.learning_rate for spec in terms.specs()] == [3e-3]
     assert terms.tuning is not None
     assert terms.tuning["chosen"][TINY]["rate"] == 3e-3
+    assert [(trial["model"], trial["rate"]) for trial in terms.tuning["trials"]] == [
+        (TINY, rate) for rate in sorted(GRID)
+    ]
+    assert {trial["id"] for trial in terms.tuning["trials"]} <= set(results.latest())
     with pytest.raises(NothingToReportError):
         load(tmp_path)
 
@@ -97,6 +101,8 @@ def test_the_report_shows_rates_and_widths(tmp_path: Path) -> None:
     results = Results(tmp_path)
     results.append(record("htm", 0, scores(0.5)))
     trial = [{"rate": 1e-3, "score": 0.25}, {"rate": 3e-3, "score": None}]
+    tried = {"id": "htm-77", "model": "htm", "seed": 77, "rate": 3e-3}
+    results.append(record("htm", 77, {}, status=DIVERGED, error="the loss is nan at step 4 of 6"))
     found = {"model": "htm", "options": {"dim": 60}, "value": 970, "note": ""}
     write_json(
         results.comparison,
@@ -109,6 +115,7 @@ def test_the_report_shows_rates_and_widths(tmp_path: Path) -> None:
                 "seed": 77,
                 "steps": None,
                 "chosen": {"htm": {"rate": 1e-3, "edge": True, "scores": trial}},
+                "trials": [tried],
             },
         },
     )
@@ -118,6 +125,8 @@ def test_the_report_shows_rates_and_widths(tmp_path: Path) -> None:
     assert (cells["matched by"], cells["learning rate"]) == ("dim 60", "0.001")
     text = markdown(comparison)
     assert "| htm | 970 | −3.0 % | dim 60 |" in text
-    assert "| htm | 0.250 | – | 0.001 |" in text
+    assert "| htm | 0.250 | diverged | 0.001 |" in text
+    assert "htm seed 77 at learning rate 0.003 diverged: the loss is nan at step 4 of 6" in text
+    assert comparison.failures[0]["id"] == "htm-77"
     assert "seed 77" in text
     assert "**Warning:** htm: the best rate is at the edge of the grid" in text
