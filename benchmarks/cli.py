@@ -22,7 +22,8 @@ from benchmarks.commands import (
     study_command,
     sweep_command,
 )
-from benchmarks.endings import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
+from benchmarks.endings import EXIT_BUSY, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
+from benchmarks.results import FolderBusyError
 
 try:
     import rich  # noqa: F401
@@ -204,7 +205,8 @@ _APART = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 1 if a run failed, 2 for wrong use, 130 after Ctrl-C."""
+    """Run the command; returns the exit code: 1 if a run failed, 2 for wrong use, 3 if another
+    command is at work in the folder, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if words and words[0] in _APART:
@@ -223,6 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, ImportError) as error:
         print(f"memory-bench: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except FolderBusyError as error:
+        print(f"memory-bench: {error}", file=sys.stderr)
+        return EXIT_BUSY
     except OSError as error:
         print(f"memory-bench: {error}", file=sys.stderr)
         return EXIT_FAILED

@@ -17,8 +17,10 @@ from benchmarks.endings import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 
 if TYPE_CHECKING:
     from benchmarks.cli import CommonOptions, Compare, List, Report, Run, Study, Sweep
+    from benchmarks.results import Results
     from benchmarks.settings import RunSpec
     from benchmarks.summary import Comparison
+    from benchmarks.sweep import SweepPlan
     from benchmarks.sweep_summary import Sweep as SweepOfRuns
     from benchmarks.train import Progress
 
@@ -105,13 +107,7 @@ def run_command(command: Run, words: Sequence[str]) -> int:
 
 def compare_command(command: Compare, words: Sequence[str]) -> int:
     """The same terms for all, several runs, then the report."""
-    from benchmarks.compare import InterruptedComparison, compare, write_comparison
-    from benchmarks.extrapolation import longer_points, to_json
-    from benchmarks.fanout import launcher
-    from benchmarks.progress import display_for
-    from benchmarks.results import FINISHED, Results
-    from benchmarks.settings import plan
-    from benchmarks.terms import Terms, make_equal, tune
+    from benchmarks.results import Results
 
     # Before the work, not after it: a plot that cannot be drawn is no way to end an hour's training.
     importlib.import_module("benchmarks.plots")
@@ -119,8 +115,23 @@ def compare_command(command: Compare, words: Sequence[str]) -> int:
         raise UsageError(f"--tune-seed {command.tune_seed} is reported too; choose another")
     models = _models(command.models)
     # What is wrong with the settings is best said first.
-    _plan(command, models, command.seeds)
+    specs = _plan(command, models, command.seeds)
+    terms = [command.match, command.match_to, command.tune, command.tune_seed, command.tune_steps]
+    purpose = [[[spec.label, spec.id] for spec in specs], *terms, command.extrapolate]
     results = Results(command.folder())
+    with results.hold("comparison", purpose):
+        return _compare(command, models, results, words)
+
+
+def _compare(command: Compare, models: Sequence[str], results: Results, words: Sequence[str]) -> int:
+    from benchmarks.compare import InterruptedComparison, compare, write_comparison
+    from benchmarks.extrapolation import longer_points, to_json
+    from benchmarks.fanout import launcher
+    from benchmarks.progress import display_for
+    from benchmarks.results import FINISHED
+    from benchmarks.settings import plan
+    from benchmarks.terms import Terms, make_equal, tune
+
     planned: list[RunSpec] = []
 
     def do(specs: Sequence[RunSpec]) -> list[Any]:
@@ -182,10 +193,8 @@ def compare_command(command: Compare, words: Sequence[str]) -> int:
 
 def sweep_command(command: Sweep, words: Sequence[str]) -> int:
     """Runs over the values of options, then the report."""
-    from benchmarks.compare import InterruptedComparison
-    from benchmarks.progress import display_for
-    from benchmarks.results import FINISHED, Results
-    from benchmarks.sweep import plan_sweep, run_sweep, write_sweep
+    from benchmarks.results import Results
+    from benchmarks.sweep import plan_sweep
 
     # Before the work, as in a comparison.
     importlib.import_module("benchmarks.plots")
@@ -200,6 +209,16 @@ def sweep_command(command: Sweep, words: Sequence[str]) -> int:
             assignments=command.assignments(),
         )
     results = Results(command.folder())
+    with results.hold("sweep", [[point.spec.label, point.spec.id, point.place] for point in plan.points]):
+        return _sweep(command, plan, results, words)
+
+
+def _sweep(command: Sweep, plan: SweepPlan, results: Results, words: Sequence[str]) -> int:
+    from benchmarks.compare import InterruptedComparison
+    from benchmarks.progress import display_for
+    from benchmarks.results import FINISHED
+    from benchmarks.sweep import run_sweep, write_sweep
+
     write_sweep(plan, results, shlex.join(["memory-bench", *words]))
     specs = [*plan.trainings, *plan.evaluations]
     try:

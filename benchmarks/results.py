@@ -6,6 +6,7 @@ A results folder looks like this:
     comparison.json          which runs the last comparison consists of
     sweep.json               which runs the last sweep consists of
     tuning.json              which runs only chose a learning rate
+    comparison.lock          held by the comparison that is at work, and which it is; so sweep.lock
     runs/<id>/spec.json      everything that changes the numbers of the run
     runs/<id>/model          the trained model
     runs/<id>/checkpoint.pt  where to go on after an interruption
@@ -19,6 +20,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,10 @@ FAILED = "failed"
 
 class RunBusyError(RuntimeError):
     """Another process is at work on the same run."""
+
+
+class FolderBusyError(RuntimeError):
+    """Another command is at work in the folder."""
 
 
 def run_id(description: Mapping[str, Any]) -> str:
@@ -186,6 +192,69 @@ class Results:
             finally:
                 _unlock(file)
 
+    @contextlib.contextmanager
+    def hold(self, what: str, purpose: Any) -> Iterator[None]:
+        """Hold the folder for a comparison or a sweep; those of one and the same purpose share it.
+
+        Another one would replace the note of which runs belong to it. The hold ends with the process.
+
+        Args:
+            what: `comparison` or `sweep`; the two do not disturb each other.
+            purpose: plain values that tell what is done.
+
+        Raises:
+            FolderBusyError: if a living process holds the folder for another purpose.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        key = run_id({"purpose": purpose}).encode()
+        path = self.folder / f"{what}.lock"
+        deadline = time.monotonic() + _HOLD_SECONDS
+        with path.open("a+b") as file:
+            while not _share(file, key):
+                # Not at the first refusal: one that is about to be refused itself holds it for a moment.
+                if time.monotonic() > deadline:
+                    raise FolderBusyError(
+                        f"another {what} is at work in {self.folder}; give another folder (--out), or wait "
+                        "until it has ended"
+                    )
+                time.sleep(0.05)
+            try:
+                yield
+            finally:
+                _unlock(file)
+
+
+_HOLD_SECONDS = 2.0
+
+
+def _share(file: Any, key: bytes) -> bool:
+    """Whether the file now is held together with those that have written the same key, or alone."""
+    if _try_lock(file):
+        file.truncate(0)
+        file.write(key)
+        file.flush()
+        # Not one step: somebody may come between, so what counts is what stands there afterwards.
+        _unlock(file)
+    if not _try_lock(file, shared=True):
+        return False
+    file.seek(0)
+    if file.read() == key:
+        return True
+    _unlock(file)
+    return False
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for `path`, which may be replaced or not exist.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a+b") as file, _locked(file):
+        yield
+
 
 def _mend_last_line(file: Any) -> int:
     """Leave the file ending in a newline; return its length in bytes."""
@@ -209,7 +278,7 @@ try:
     import fcntl
 except ImportError:
     # Without fcntl there is no lock; one comparison at a time is then the user's care.
-    def _try_lock(file: Any) -> bool:
+    def _try_lock(file: Any, *, shared: bool = False) -> bool:
         return True
 
     def _lock(file: Any) -> None: ...
@@ -218,9 +287,9 @@ except ImportError:
 
 else:
 
-    def _try_lock(file: Any) -> bool:
+    def _try_lock(file: Any, *, shared: bool = False) -> bool:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.document import as_markdown
-from benchmarks.endings import EXIT_INTERRUPTED
+from benchmarks.endings import EXIT_BUSY, EXIT_INTERRUPTED
 from benchmarks.overview import document as overview_document
 from benchmarks.overview import draw, gather
-from benchmarks.results import Results, read_json, write_atomically
+from benchmarks.results import Results, exclusive, read_json, write_atomically
 from memory_models.registry import nearest
 
 TASKS = (
@@ -176,6 +176,9 @@ def run_study(
         if code == EXIT_INTERRUPTED:
             return code
         worst = max(worst, code)
+        if code == EXIT_BUSY:
+            # What lies in the folder is another command's.
+            continue
         if (part.folder / f"{part.table}.md").exists():
             publish_part(part, publish / part.name)
             write_tables(part, publish / part.name, document)
@@ -200,19 +203,25 @@ def publish_part(part: Part, out: Path) -> list[Path]:
 def write_tables(part: Part, published: Path, document: Path) -> None:
     """Put the main tables of a part between its markers in the document; append them if it has none."""
     tables = main_tables((published / f"{part.table}.md").read_text(encoding="utf-8"))
-    _put(document, part.name, part.title, tables)
+    with exclusive(document):
+        _put(document, part.name, part.title, tables)
 
 
 def write_overview(publish: Path, document: Path) -> None:
     """Put all published comparisons, as one table and picture, into the document; nothing without any."""
-    overview = gather(publish, TASKS)
-    if overview is not None:
-        words = as_markdown(overview_document(overview, draw(overview, document.parent)))
-        _put(document, "overview", "All models on all tasks", words)
+    # All of it in turn: what was gathered before another study published must not come after its own.
+    with exclusive(document):
+        overview = gather(publish, TASKS)
+        if overview is not None:
+            words = as_markdown(overview_document(overview, draw(overview, document.parent)))
+            _put(document, "overview", "All models on all tasks", words)
 
 
 def _put(document: Path, name: str, heading: str, words: str) -> None:
-    """Put words between their markers; append them, with a heading, where there are no markers."""
+    """Put words between their markers; append them, with a heading, where there are no markers.
+
+    The caller holds the document (`exclusive`): others may be at work on other parts.
+    """
     begin, end = f"<!-- study: {name} -->", f"<!-- end: {name} -->"
     text = document.read_text(encoding="utf-8") if document.exists() else "# Results\n"
     block = f"{begin}\n{words.strip()}\n{end}"

@@ -99,6 +99,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest
     assert out in capsys.readouterr().err
 
 
+def test_a_comparison_does_not_take_the_folder_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--models", TINY, "--task", STREAM, "--smoke", "--out", str(tmp_path)]
+    with Results(tmp_path).hold("comparison", "another one"):
+        assert main(command) == 3
+    said = capsys.readouterr().err
+    assert "another comparison is at work" in said
+    assert str(tmp_path) in said
+    assert not (tmp_path / "comparison.json").exists()
+
+
 def test_an_empty_report_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err

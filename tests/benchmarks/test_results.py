@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import provenance
+from benchmarks import results as results_module
 from benchmarks.provenance import imported_modules, source_digest, versions
 from benchmarks.results import (
     FAILED,
     FINISHED,
+    FolderBusyError,
     Results,
     RunBusyError,
     plain,
@@ -248,6 +250,21 @@ def test_a_run_is_claimed_by_one_process_only(tmp_path: Path) -> None:
         pass
     with results.claim("a") as folder:
         assert folder == results.run_folder("a")
+
+
+def test_a_folder_is_held_for_one_purpose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_module, "_HOLD_SECONDS", 0.1)
+    first, second = Results(tmp_path), Results(tmp_path)
+    # A purpose that ended leaves nothing behind.
+    with first.hold("comparison", "another"):
+        pass
+    with first.hold("comparison", ["a", 1]):
+        with second.hold("comparison", ["a", 1]), second.hold("sweep", "b"):
+            pass
+        with pytest.raises(FolderBusyError, match="--out"), second.hold("comparison", ["a", 2]):
+            pass
+    with second.hold("comparison", ["a", 2]):
+        pass
 
 
 def test_plain_values_are_what_json_knows() -> None:

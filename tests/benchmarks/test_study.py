@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from benchmarks import study
 from benchmarks.cli import main
 from benchmarks.results import Results, write_json
 from benchmarks.study import Part, parts, run_study
@@ -79,6 +82,36 @@ def test_a_part_is_published_and_its_tables_stand_between_their_markers(tmp_path
     assert "| first |" not in again
     assert again.endswith("\nWhat it means.\n")
     assert again.count("## First") == 1
+
+
+def test_two_studies_write_into_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = tmp_path / "RESULTS.md"
+    write_whole = study.write_atomically
+
+    def slowly(path: Path, data: bytes) -> None:
+        # Until the other one has read the document too, or waits for it.
+        time.sleep(0.3)
+        write_whole(path, data)
+
+    monkeypatch.setattr(study, "write_atomically", slowly)
+    tables = tmp_path / "table.md"
+    tables.write_text("# t\n\n| cells |\n")
+    found = [
+        Part(name=name, title=name.title(), command=("compare",), folder=tmp_path) for name in ("one", "two")
+    ]
+    threads = [threading.Thread(target=study.write_tables, args=(part, tmp_path, document)) for part in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert document.read_text().count("| cells |") == 2
+
+
+def test_a_part_whose_folder_another_command_holds_is_not_published(tmp_path: Path) -> None:
+    part = fake(tmp_path / "work")
+    write(part.folder, "| another's |")
+    assert run_study([part], lambda _: 3, publish=tmp_path / "out", document=tmp_path / "R.md") == 3
+    assert not (tmp_path / "R.md").exists()
 
 
 def test_an_interrupted_part_ends_the_study_and_publishes_nothing(tmp_path: Path) -> None:
