@@ -209,18 +209,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command is at work in the folder, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    if words and words[0] in _APART:
-        # They have options of their own; only here are they looked at.
-        return importlib.import_module(_APART[words[0]]).main(words[1:]) or EXIT_OK
-    # Without the pairs, a flag is --smoke and nothing else.
-    command: Any = tyro.cli(
-        _commands(),
-        args=words,
-        prog="memory-bench",
-        description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
     try:
+        if words and words[0] in _APART:
+            # They have options of their own; only here are they looked at.
+            return importlib.import_module(_APART[words[0]]).main(words[1:]) or EXIT_OK
+        # Without the pairs, a flag is --smoke and nothing else.
+        command: Any = tyro.cli(
+            _commands(),
+            args=words,
+            prog="memory-bench",
+            description=__doc__,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
         return _ACTIONS[type(command)](command, words)
     except (UsageError, ImportError) as error:
         print(f"memory-bench: {error}", file=sys.stderr)

@@ -111,6 +111,13 @@ def compare_command(command: Compare, words: Sequence[str]) -> int:
 
     # Before the work, not after it: a plot that cannot be drawn is no way to end an hour's training.
     importlib.import_module("benchmarks.plots")
+    _check_jobs(command.jobs)
+    for name, given, needed in (
+        ("--match-to", command.match_to is not None, "match"),
+        ("--tune-steps", command.tune_steps is not None, "tune"),
+    ):
+        if given and not getattr(command, needed):
+            raise UsageError(f"{name} does nothing without --{needed}; give both or neither")
     if command.tune and command.tune_seed in command.seeds:
         raise UsageError(f"--tune-seed {command.tune_seed} is reported too; choose another")
     models = _models(command.models)
@@ -198,6 +205,7 @@ def sweep_command(command: Sweep, words: Sequence[str]) -> int:
 
     # Before the work, as in a comparison.
     importlib.import_module("benchmarks.plots")
+    _check_jobs(command.jobs)
     with _wrong_use():
         plan = plan_sweep(
             command.model,
@@ -255,6 +263,7 @@ def study_command(command: Study, words: Sequence[str], *, main: Callable[[Seque
     """Every part of the published comparison that is not done, by `main`; then the document."""
     from benchmarks.study import parts, run_study
 
+    _check_jobs(command.jobs)
     with _wrong_use():
         chosen = parts(
             only=command.only,
@@ -274,6 +283,11 @@ def study_command(command: Study, words: Sequence[str], *, main: Callable[[Seque
     if code == EXIT_INTERRUPTED:
         _say_how_to_go_on("The study stopped.", words)
     return code
+
+
+def _check_jobs(jobs: int) -> None:
+    if jobs < 1:
+        raise UsageError(f"--jobs {jobs} must be at least 1")
 
 
 def _plan(command: CommonOptions, models: Sequence[str], seeds: Sequence[int]) -> list[RunSpec]:

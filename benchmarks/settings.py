@@ -6,12 +6,14 @@ A `RunSpec` holds everything that changes the numbers of a run, and therefore na
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
 import json
+import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ from benchmarks.defaults import (
     TRAINING,
     UNKNOWN_COST,
 )
-from benchmarks.members import code_digest, known_options
+from benchmarks.members import build_model, code_digest, known_options
 from benchmarks.provenance import version_of
 from benchmarks.results import plain, run_id
 from memory_models.lm import MemoryLM
@@ -34,6 +36,9 @@ from memory_models.registry import nearest
 
 if TYPE_CHECKING:
     from benchmarks.task import Task
+
+
+logger = logging.getLogger(__name__)
 
 
 class CodeChangedError(RuntimeError):
@@ -78,6 +83,8 @@ class TrainSettings:
     """Threads of a run; two runs at once with one thread each are the best use of two cores."""
 
     def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            _check_type(each.name, getattr(self, each.name), like=each.default)
         for name in (
             "steps",
             "batch_size",
@@ -163,7 +170,13 @@ class RunSpec:
 
 
 def plan(
-    model: str, task: str, seed: int, *, smoke: bool = False, assignments: Sequence[str] = ()
+    model: str,
+    task: str,
+    seed: int,
+    *,
+    smoke: bool = False,
+    assignments: Sequence[str] = (),
+    check: bool = True,
 ) -> RunSpec:
     """Look up the settings of `model` on `task`, and put `assignments` such as `"steps=100"` on top.
 
@@ -172,6 +185,8 @@ def plan(
 
     An assignment names a training setting, an option of the task, or an option of the model, in this
     order; `train.`, `task.` or `model.` before the name makes it certain.
+
+    Unless `check` is false the model is built, without weights, to hear now what it refuses.
 
     Raises:
         LookupError: if the model or the task is unknown.
@@ -182,9 +197,11 @@ def plan(
     kind = tasks.load(task)
     model, *own = _words(model)
     train, task_options, model_options = _sort_assignments(kind, known_options(model), [*own, *assignments])
+    chosen = task_options
     if smoke:
         task_options = {**kind.smoke, **task_options}
-    built = cached_task(task, task_options)
+    with _naming(f"task {task!r}", chosen):
+        built = cached_task(task, task_options)
     table = TRAINING.get(task, {})
     settings = {
         **table.get(EVERY, {}),
@@ -192,12 +209,16 @@ def plan(
         **(SMOKE_TRAINING if smoke else {}),
         **train,
     }
+    options = _model_options(model, task, built, smoke=smoke, chosen=model_options)
+    if check:
+        with _naming(f"model {model!r}", {**chosen, **model_options}):
+            _check_builds(model, options, built.vocab_size)
     return RunSpec(
         model=model,
         task=task,
         seed=seed,
         train=_replace(TrainSettings(), settings),
-        model_options=_model_options(model, task, built, smoke=smoke, chosen=model_options),
+        model_options=options,
         task_options=task_options,
         fingerprint=built.fingerprint(),
         code=_code_of(model, task),
@@ -270,7 +291,7 @@ def evaluation_of(trained: RunSpec, point: RunSpec) -> RunSpec:
 def command_of(spec: RunSpec) -> str:
     """The command that does this run again: the settings that differ from today's are spelt out."""
     base = spec.trained or spec
-    changes = _changes_from(plan(base.model, base.task, base.seed), base)
+    changes = _changes_from(plan(base.model, base.task, base.seed, check=False), base)
     words = ["--model", base.model, "--task", base.task]
     if spec.trained is None:
         words = ["run", *words, "--seed", str(base.seed)]
@@ -327,7 +348,7 @@ def _changes_from(usual: RunSpec, wanted: RunSpec, before: Sequence[str] = ()) -
     of_task = _changes("task", usual.task_options, wanted.task_options)
     if of_task:
         # The task has a say in the model's options: what follows from it is not spelt out.
-        usual = plan(usual.model, usual.task, usual.seed, assignments=[*before, *of_task])
+        usual = plan(usual.model, usual.task, usual.seed, assignments=[*before, *of_task], check=False)
     return [
         *_changes("train", dataclasses.asdict(usual.train), dataclasses.asdict(wanted.train)),
         *of_task,
@@ -397,6 +418,55 @@ def _replace(settings: TrainSettings, changes: Mapping[str, Any]) -> TrainSettin
             raise ValueError(f"no training setting {name!r}. {nearest(name, names)}")
     check_types(TrainSettings, changes)
     return dataclasses.replace(settings, **changes)
+
+
+def _check_type(name: str, value: Any, *, like: Any) -> None:
+    if isinstance(like, tuple):
+        # JSON has lists.
+        right = isinstance(value, (tuple, list)) and len(value) == len(like) and all(map(_is_number, value))
+        wanted = f"{len(like)} numbers, as in {name}={like}"
+    elif isinstance(like, float):
+        right, wanted = _is_number(value), "a number"
+    elif isinstance(like, int):
+        right, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+    else:
+        right, wanted = isinstance(value, str), "a name"
+    if not right:
+        raise TypeError(f"{name} ({value!r}) must be {wanted}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@contextlib.contextmanager
+def _naming(what: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Say with which options it was that something went wrong: Python's own messages do not."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        named = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{what}{' with ' * bool(named)}{named}: {error}") from error
+
+
+def _check_builds(model: str, options: Mapping[str, Any], vocab_size: int) -> None:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                build_model(model, options, vocab_size)
+            return
+        except Exception as refusal:
+            # Or it cannot do without memory, which is no fault of its options.
+            logger.debug("%s cannot be built without memory: %s", model, refusal)
+        try:
+            build_model(model, options, vocab_size)
+        except (TypeError, ValueError):
+            raise
+        except Exception as error:
+            raise ValueError(f"it cannot be built: {type(error).__name__}: {error}") from error
 
 
 def _model_options(

@@ -92,6 +92,39 @@ def test_wrong_use_is_answered_with_the_way_out(
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["--set", "steps=abc"], "steps ('abc') must be a whole number"),
+        (["--set", "learning_rate=fast"], "learning_rate ('fast') must be a number"),
+        (["--set", "dim=abc"], "dim="),
+        (["--set", "dim=-3"], "dim="),
+        (["--set", "symbols=abc"], "symbols="),
+        (["--match-to", "window"], "--match-to does nothing without --match"),
+        (["--tune-steps", "5"], "--tune-steps does nothing without --tune"),
+    ],
+)
+def test_wrong_use_of_a_comparison_is_heard_of_before_anything_runs(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "results"
+    assert main(["compare", "--models", TINY, "--task", STREAM, "--smoke", "--out", str(out), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_costs_that_cannot_be_written_are_said_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "cost")
+    assert main(["cost", "--models", "window", "--lengths", "16", "--smoke", "--out", out]) == 1
+    said = capsys.readouterr().err
+    assert out in said
+    assert said.startswith("memory-bench: ")
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     out = str(tmp_path / "file" / "results")

@@ -85,7 +85,7 @@ def test_options_of_the_task_and_the_training_can_be_varied() -> None:
         ([], {}, "at least one option"),
         (["dim=4"], {"seeds": ()}, "one seed"),
         (["dim=4"], {"mode": "trane"}, "train, evaluate, both"),
-        (["dim=4", "dropout=0.1,2"], {}, "dim=4 dropout=2: dropout"),
+        (["dim=4", "dropout=0.1,2"], {}, "dim=4, dropout=2: dropout"),
         (["steps=4"], {"mode": "evaluate"}, "steps=4 changes the training"),
         (["dim=4,8"], {"mode": "both"}, r"dim=4: .*do not fit: .* is \[16\], expected \[4\].*--mode train"),
         (["symbols=5"], {"mode": "evaluate"}, "do not fit"),
