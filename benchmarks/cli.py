@@ -90,6 +90,8 @@ class Compare(CommonOptions):
     models: tuple[str, ...] = ("all",)
     """Names of models; all is every family and control. One with settings of its own is a row of its own, in
     quotes: 'memformer gradient=replay'."""
+    no_controls: bool = False
+    """Leave out the controls that are not named: without them the table says little of the memories."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; three or more give intervals."""
     jobs: int = 2

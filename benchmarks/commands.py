@@ -59,7 +59,7 @@ def run_command(command: Run, words: Sequence[str]) -> int:
     from benchmarks.train import run
     from benchmarks.worker import stop_on_signal, wait_until_free
 
-    [spec] = _plan(command, [command.model], [command.seed])
+    [spec] = _plan(command, {command.model: command.assignments()}, [command.seed])
     results = Results(command.folder())
     record: Any
     if results.is_finished(spec.id):
@@ -122,15 +122,22 @@ def compare_command(command: Compare, words: Sequence[str]) -> int:
         raise UsageError(f"--tune-seed {command.tune_seed} is reported too; choose another")
     models = _models(command.models)
     # What is wrong with the settings is best said first.
-    specs = _plan(command, models, command.seeds)
+    assignments = {model: command.assignments() for model in models}
+    specs = _plan(command, assignments, command.seeds)
+    if not command.no_controls:
+        added = _missing_controls(command, models)
+        assignments |= added
+        specs += _plan(command, added, command.seeds) if added else []
     terms = [command.match, command.match_to, command.tune, command.tune_seed, command.tune_steps]
     purpose = [[[spec.label, spec.id] for spec in specs], *terms, command.extrapolate]
     results = Results(command.folder())
     with results.hold("comparison", purpose):
-        return _compare(command, models, results, words)
+        return _compare(command, assignments, results, words)
 
 
-def _compare(command: Compare, models: Sequence[str], results: Results, words: Sequence[str]) -> int:
+def _compare(
+    command: Compare, assignments: Mapping[str, Sequence[str]], results: Results, words: Sequence[str]
+) -> int:
     from benchmarks.compare import InterruptedComparison, compare, write_comparison
     from benchmarks.extrapolation import longer_points, to_json
     from benchmarks.fanout import launcher
@@ -155,7 +162,7 @@ def _compare(command: Compare, models: Sequence[str], results: Results, words: S
     with launcher(command.on, command.jobs) as launch:
         try:
             with _wrong_use():
-                terms = Terms.of(command.task, models, command.assignments(), smoke=command.smoke)
+                terms = Terms(task=command.task, smoke=command.smoke, assignments=assignments)
                 if command.extrapolate:
                     terms = terms.with_room(command.extrapolate)
                 if command.match:
@@ -171,7 +178,7 @@ def _compare(command: Compare, models: Sequence[str], results: Results, words: S
                     )
                 specs = [
                     plan(model, command.task, seed, smoke=command.smoke, assignments=terms.assignments[model])
-                    for model in models
+                    for model in assignments
                     for seed in dict.fromkeys(command.seeds)
                 ]
                 points = longer_points(specs, command.extrapolate) if command.extrapolate else []
@@ -290,13 +297,32 @@ def _check_jobs(jobs: int) -> None:
         raise UsageError(f"--jobs {jobs} must be at least 1")
 
 
-def _plan(command: CommonOptions, models: Sequence[str], seeds: Sequence[int]) -> list[RunSpec]:
+def _missing_controls(command: Compare, models: Sequence[str]) -> dict[str, list[str]]:
+    """The controls that no row is of, each with the settings that it has; says so."""
+    from benchmarks.members import controls
+    from benchmarks.settings import applicable
+
+    there = {model.split()[0] for model in models}
+    given = command.assignments()
+    added = {name: applicable(name, command.task, given) for name in controls() if name not in there}
+    if added:
+        print(f"controls added: {', '.join(added)} (--no-controls leaves them out)")
+    for name, chosen in added.items():
+        without = [text for text in given if text not in chosen]
+        if without:
+            print(f"  {name} without {' '.join(without)}, which it does not have")
+    return added
+
+
+def _plan(
+    command: CommonOptions, assignments: Mapping[str, Sequence[str]], seeds: Sequence[int]
+) -> list[RunSpec]:
     from benchmarks.settings import plan
 
     with _wrong_use():
         specs = [
-            plan(model, command.task, seed, smoke=command.smoke, assignments=command.assignments())
-            for model in models
+            plan(model, command.task, seed, smoke=command.smoke, assignments=chosen)
+            for model, chosen in assignments.items()
             for seed in dict.fromkeys(seeds)
         ]
     if not specs:

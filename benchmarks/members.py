@@ -25,6 +25,11 @@ def all_models() -> list[str]:
     return [*names, *(name for name in list_models() if name not in names)]
 
 
+def controls() -> list[str]:
+    """Names of the members that are there for comparison only."""
+    return list_models(tag="control")
+
+
 def known_options(name: str) -> set[str]:
     """What `build_model` takes for member `name`.
 

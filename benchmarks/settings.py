@@ -246,6 +246,26 @@ def check_code(spec: RunSpec) -> None:
         )
 
 
+def applicable(model: str, task: str, assignments: Sequence[str]) -> list[str]:
+    """Those of the assignments that are no options of other models only.
+
+    Raises:
+        LookupError: if the model or the task is unknown.
+    """
+    from benchmarks.task import tasks
+
+    kind, known = tasks.load(task), known_options(model)
+
+    def applies(assignment: str) -> bool:
+        try:
+            _, _, of_model = _sort_assignments(kind, known, [assignment])
+        except ValueError:
+            return False
+        return of_model.keys() <= known
+
+    return [assignment for assignment in assignments if applies(assignment)]
+
+
 def relative_cost(spec: RunSpec) -> float:
     """A guess of how long the run takes, to start long ones first."""
     return COST.get(spec.model, UNKNOWN_COST) * spec.train.steps

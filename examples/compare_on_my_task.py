@@ -4,7 +4,7 @@
 the answer. What a task must say is its batches, an answer key, and what is possible without a memory. Here
 the runs are done one after the other in this process. The command does several at once, and draws plots:
 
-    PYTHONPATH=examples memory-bench compare --task compare_on_my_task:Codeword --models memformer window
+    PYTHONPATH=examples memory-bench compare --task compare_on_my_task:Codeword --models memformer
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ COMMANDS = [
 ]
 # Behind the README's own words, where the last one counts: each run is a process that takes seconds to start.
 SMALL = {
-    "compare": ["--smoke", "--seeds", "0", "--models", "memorizing", "window"],
+    "compare": ["--smoke", "--seeds", "0", "--models", "memorizing", "window", "--no-controls"],
     "run": ["--smoke"],
     "sweep": ["--smoke"],
     "cost": ["--smoke", "--lengths", "32"],

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from benchmarks import compare as compare_module
 from benchmarks.cli import main
 from benchmarks.members import shown
-from benchmarks.results import Results
+from benchmarks.results import Results, read_json
+from benchmarks.settings import RunSpec
 from memory_models.models import ModelInfo, register
 from tests.benchmarks.tiny import STREAM, TINY
 from tests.plug_in import NAME, install
@@ -21,6 +25,7 @@ def test_a_smoke_comparison_ends_with_table_plots_and_exit_code_0(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["compare", "--task", "recall", "--models", TINY, "window", "--smoke", "--out", str(tmp_path)]
+    command.append("--no-controls")
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "2 runs" in said
@@ -46,7 +51,7 @@ def test_a_diverged_run_is_shown_and_the_exit_code_is_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--task", STREAM, "--smoke", "--out", str(tmp_path), "--set", "trouble=nan"]
-    assert main(["compare", "--models", TINY, *options]) == 1
+    assert main(["compare", "--no-controls", "--models", TINY, *options]) == 1
     said = capsys.readouterr().out
     assert "(diverged)" in said
     assert "the loss is nan at step 1 of 6" in said
@@ -142,6 +147,42 @@ def test_a_comparison_does_not_take_the_folder_of_another(
     assert "another comparison is at work" in said
     assert str(tmp_path) in said
     assert not (tmp_path / "comparison.json").exists()
+
+
+@pytest.mark.parametrize("extra", [[], ["--no-controls"]])
+def test_the_controls_are_always_there_unless_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    extra: list[str],
+) -> None:
+    planned: list[RunSpec] = []
+
+    def nothing(specs: Sequence[RunSpec], *_: Any, **__: Any) -> None:
+        planned.extend(specs)
+        raise compare_module.InterruptedComparison
+
+    monkeypatch.setattr(compare_module, "compare", nothing)
+    models = ["--models", "memformer", "gru dim=32"]
+    settings = ["--set", "slots=4", "model.depth=1", "steps=3"]
+    words = ["compare", "--task", "needle", "--smoke", *models, *extra, "--out", str(tmp_path)]
+    assert main([*words, "--set", "depth=1", "steps=3"]) == 130
+    added = [] if extra else ["window", "full", "transformer-xl"]
+    assert [spec.label for spec in planned] == ["memformer", "gru dim=32", *added]
+    said = capsys.readouterr().out
+    assert ("controls added: window, full, transformer-xl (--no-controls" in said) == (not extra)
+    noted = read_json(tmp_path / "comparison.json")["runs"]
+    assert [run["model"] for run in noted] == [spec.label for spec in planned]
+
+    # What only the others have is not asked of the controls, and the rest is.
+    planned.clear()
+    alone = ["compare", "--task", "needle", "--smoke", "--models", "memformer", *extra]
+    assert main([*alone, *settings, "--out", str(tmp_path)]) == 130
+    assert len(planned) == (1 if extra else 5)
+    for spec in planned:
+        assert (spec.train.steps, spec.model_options["depth"]) == (3, 1)
+        assert ("slots" in spec.model_options) == (spec.model == "memformer")
+    assert ("window without slots=4, which it does not have" in capsys.readouterr().out) == (not extra)
 
 
 def test_an_empty_report_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

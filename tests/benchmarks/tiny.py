@@ -36,7 +36,7 @@ STREAM = "tests.benchmarks.tiny:Stream"
 
 def comparison(out: Path, *options: str) -> list[str]:
     """The command, for a process of its own, that compares `TINY` on `STREAM` and writes to `out`."""
-    what = ["compare", "--models", TINY, "--task", STREAM, "--smoke", "--out", str(out)]
+    what = ["compare", "--models", TINY, "--no-controls", "--task", STREAM, "--smoke", "--out", str(out)]
     return [sys.executable, "-m", "benchmarks.cli", *what, *options]
 
 
