@@ -44,7 +44,20 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[RunSpec]:
 
 
 def compared(out: Path, *options: str) -> int:
-    return main(["compare", "--task", "recall", "--models", *ROWS, "--smoke", "--out", str(out), *options])
+    return main(
+        [
+            "compare",
+            "--task",
+            "recall",
+            "--models",
+            *ROWS,
+            "--no-controls",
+            "--smoke",
+            "--out",
+            str(out),
+            *options,
+        ]
+    )
 
 
 def test_without_options_each_model_runs_as_it_is(tmp_path: Path, started: list[RunSpec]) -> None:
