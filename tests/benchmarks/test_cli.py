@@ -101,9 +101,9 @@ def test_wrong_use_is_answered_with_the_way_out(
     ("words", "message"),
     [
         (["--jobs", "0"], "--jobs 0 must be at least 1"),
-        (["--set", "steps=abc"], "steps ('abc') must be a whole number"),
-        (["--set", "learning_rate=fast"], "learning_rate ('fast') must be a number"),
-        (["--set", "dim=abc"], "dim="),
+        (["--set", "steps=abc"], "steps ('abc') must be an int"),
+        (["--set", "learning_rate=fast"], "learning_rate ('fast') must be a float"),
+        (["--set", "dim=abc"], "dim ('abc') must be an int"),
         (["--set", "dim=-3"], "dim="),
         (["--set", "symbols=abc"], "symbols="),
         (["--match-to", "window"], "--match-to does nothing without --match"),

@@ -136,6 +136,7 @@ def test_on_ray_every_run_is_a_task_of_ray(
     words = [
         "--models",
         TINY,
+        "--no-controls",
         "--task",
         STREAM,
         "--smoke",
@@ -174,7 +175,8 @@ def test_without_being_asked_nothing_runs_on_ray(
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr(fanout, "launch_here", launch)
     monkeypatch.setattr(commands, "_report", lambda *_: None)
-    words = ["compare", "--models", TINY, "--task", STREAM, "--smoke", "--out", str(tmp_path)]
+    words = ["compare", "--models", TINY, "--no-controls", "--task", STREAM]
+    words += ["--smoke", "--out", str(tmp_path)]
     assert main([*words, "--on", "ray"]) == 2
     assert "pip install 'memory-models[sweep]'" in capsys.readouterr().err
     assert not started
