@@ -209,6 +209,8 @@ def write_tables(part: Part, published: Path, document: Path) -> None:
 
 def write_overview(publish: Path, document: Path) -> None:
     """Put all published comparisons, as one table and picture, into the document; nothing without any."""
+    if gather(publish, TASKS) is None:
+        return
     # All of it in turn: what was gathered before another study published must not come after its own.
     with exclusive(document):
         overview = gather(publish, TASKS)

@@ -185,12 +185,12 @@ def test_a_point_that_fails_is_shown_and_the_exit_code_is_1(
 ) -> None:
     in_this_process(monkeypatch)
     command = ["sweep", "--model", TINY, "--task", STREAM, "--smoke", "--out", str(tmp_path)]
-    assert main([*command, "--vary", "trouble=none,nan", "--vary", "dim=4"]) == 1
+    assert main([*command, "--vary", "trouble=nothing,nan", "--vary", "dim=4"]) == 1
     said = capsys.readouterr().out
     assert "the loss is nan at step 1 of 6" in said
     assert "diverged: the loss is nan" in (tmp_path / "sweep.md").read_text()
     [good, bad] = csv.DictReader(io.StringIO((tmp_path / "sweep.csv").read_text()))
-    assert (good["trouble"], good["dim"], good["status"]) == ("none", "4", "")
+    assert (good["trouble"], good["dim"], good["status"]) == ("nothing", "4", "")
     assert (bad["trouble"], bad["status"], bad["mean accuracy"]) == ("nan", "diverged", "")
 
 
