@@ -202,6 +202,7 @@ with results.claim(busy):
 """
 
 
+@pytest.mark.slow
 def test_a_run_of_another_process_is_waited_for_and_not_done_again(tmp_path: Path) -> None:
     busy, other = tiny_plan("steps=40"), tiny_plan("steps=4")
     words = [sys.executable, "-c", HOLDER, str(tmp_path), busy.id, other.id]

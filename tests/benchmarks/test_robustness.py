@@ -31,7 +31,8 @@ def in_this_process(arguments: Sequence[str], environment: Mapping[str, str], lo
     return SimpleNamespace(poll=lambda: code, returncode=code)
 
 
-@pytest.mark.parametrize("launch", [in_this_process, pytest.param(launch_here, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [in_this_process, launch_here])
 def test_killed_in_the_middle_it_goes_on_with_the_same_numbers(tmp_path: Path, launch: Launch) -> None:
     spec = plan(TINY, STREAM, 0, smoke=True, assignments=LONG)
     results = Results(tmp_path / "killed")

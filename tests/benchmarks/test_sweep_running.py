@@ -156,6 +156,7 @@ def test_an_interrupted_sweep_goes_on_with_what_is_left(
     assert "What went wrong" not in as_markdown(sweep_document(load_sweep(tmp_path)))
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_table_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["sweep", "--model", TINY, "--task", STREAM, "--smoke", "--out", str(tmp_path)]
     assert main([*command, "--mode", "evaluate", "--vary", "dropout=0.1,0.3"]) == 0

@@ -111,6 +111,7 @@ def test_an_outside_store_is_resumed_too(tmp_path: Path) -> None:
     assert seen == losses
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_end(tmp_path: Path) -> None:
     options = (*MODEL, "dropout=0.1")
     whole = tiny(tmp_path, out=tmp_path / "whole", steps=24, evaluate_every=5, set=options)

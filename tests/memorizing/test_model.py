@@ -49,7 +49,11 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [*VARIANTS[1:-1], *(pytest.param(one, marks=pytest.mark.slow) for one in VARIANTS[-1:])],
+    ids=str,
+)
 def test_it_keeps_the_contract(options: dict[str, Any]) -> None:
     # Compiling is the slowest rule: once plain and once with everything.
     skip = () if options in (VARIANTS[0], VARIANTS[-1]) else ("compile",)

@@ -53,7 +53,7 @@ def test_a_wrapped_model_generates_the_same(wrapper: str) -> None:
     assert seen == wanted
 
 
-@pytest.mark.parametrize("wrapper", ["compiled", "distributed"])
+@pytest.mark.parametrize("wrapper", [pytest.param("compiled", marks=pytest.mark.slow), "distributed"])
 def test_a_wrapped_model_is_unrolled_through_its_wrapper(wrapper: str) -> None:
     model = small_lm("memxl")
     wrapped, calls = WRAPPERS[wrapper](model), []
