@@ -136,7 +136,8 @@ def test_jobs_must_be_positive(tmp_path: Path) -> None:
         compare([tiny_plan()], Results(tmp_path), jobs=0, display=quiet())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_comparison_saves_itself_and_says_how_to_go_on(tmp_path: Path, number: int) -> None:
     command = comparison(tmp_path, "--seeds", "0", "1", "--set", *LONG)
     process = subprocess.Popen(

@@ -91,6 +91,7 @@ def test_it_keeps_the_contract() -> None:
     check_model(model(store="outside", **options).float(), skip=("compile",))
 
 
+@pytest.mark.slow
 def test_compiled_it_gives_the_same() -> None:
     check_model(model(**(OUTSIDE | {"pending_segments": 4, "depth": 1})).float(), only=("compile",))
 

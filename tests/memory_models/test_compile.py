@@ -22,7 +22,7 @@ from tests.memory_models.toys import Mean
 
 BATCH = 3
 # The rule "compile" runs for all members in the ordinary suite; of what is here only one, for its time.
-ONE_OF_ALL = [pytest.param(name, marks=[] if name == "memformer" else [pytest.mark.slow]) for name in MEMBERS]
+ALL_SLOW = [pytest.param(name, marks=[pytest.mark.slow]) for name in MEMBERS]
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def check_training(name: str, backend: Any, *, segments: int, tolerance: float =
         )
 
 
-@pytest.mark.parametrize("name", ONE_OF_ALL)
+@pytest.mark.parametrize("name", ALL_SLOW)
 def test_values_and_gradients_are_those_of_eager_mode(name: str) -> None:
     # Five segments: the small members forget within four. The first memory needs no gradient, those that
     # follow may, so that there are two graphs at most.
