@@ -21,7 +21,7 @@ from tests.members import MEMBERS, small
 from tests.memory_models.toys import Mean
 
 BATCH = 3
-# The rule "compile" runs for all members in the ordinary suite; of what is here only one, for its time.
+# The rule "compile" runs for all members in the ordinary suite; what is here takes too long for it.
 ALL_SLOW = [pytest.param(name, marks=[pytest.mark.slow]) for name in MEMBERS]
 
 
