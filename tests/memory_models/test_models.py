@@ -188,7 +188,9 @@ def test_a_language_models_own_options_have_types_too() -> None:
 
 
 def test_an_int_will_do_as_a_float_and_a_list_as_a_tuple() -> None:
-    create("htm", dim=16, heads=2, dropout=0, init_scale=1, memory_layers=[0, -1])
+    made = create("htm", dim=16, heads=2, dropout=0, init_scale=1, memory_layers=[0, -1])
+    wanted = create("htm", dim=16, heads=2, dropout=0.0, init_scale=1.0, memory_layers=(0, -1))
+    assert made.state_dict().keys() == wanted.state_dict().keys()
 
 
 def test_options_reach_the_config() -> None:
