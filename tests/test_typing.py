@@ -1,4 +1,4 @@
-"""What a type checker tells those who use the library."""
+"""What a type checker finds in the project, and what it tells those who use the library."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ assert_type(MemoryLM.from_pretrained("folder"), MemoryLM)
 for step in generate(MemoryLM.from_pretrained("folder"), tokens, max_new_tokens=1):
     assert_type(step.token, Tensor)
 """
+
+
+@pytest.mark.early
+def test_the_checker_finds_nothing() -> None:
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from benchmarks.cli import main
-from benchmarks.cost import GRADIENTS, VOCABULARY, command, plan
+from benchmarks.cost import GRADIENTS, VOCABULARY, Case, command, plan
+from benchmarks.cost import measure as measuring
 from benchmarks.cost.flops import flop_counter
 from benchmarks.cost.measure import _steps, measure, saved_bytes
 from benchmarks.cost.report import DECODING, TRAINING, as_csv, exponent, table, write_report
@@ -221,9 +222,19 @@ def test_a_failed_case_stands_in_the_report(tmp_path: Path) -> None:
     assert "memory-bench cost" in page
 
 
+def in_this_process(one: Case, *, timeout: float) -> dict[str, Any]:
+    """In place of `measure_apart`, whose processes take seconds to begin."""
+    assert timeout > 0
+    return {"status": FINISHED, **measure(json.loads(json.dumps(one.to_json())))}
+
+
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["here", "apart"])
 def test_the_command_measures_reports_and_does_not_measure_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if not apart:
+        monkeypatch.setattr(command, "measure_apart", in_this_process)
+        monkeypatch.setattr(measuring, "SECONDS", 0.1)
     words = [
         "cost",
         "--models",

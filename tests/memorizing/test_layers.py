@@ -283,7 +283,7 @@ def test_logits_never_exceed_the_scale() -> None:
     assert math.isclose(KNNAttention(MemorizingConfig(dim=DIM)).log_scale[0].exp().item(), 10, rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("combine", ["gate", "softmax"])
+@pytest.mark.parametrize("combine", ["gate", pytest.param("softmax", marks=pytest.mark.slow)])
 def test_compiled_it_gives_the_same_values_and_gradients(combine: str) -> None:
     module, memory = layer(combine=combine), stored([9, 4])
     x = torch.randn(2, TIME, DIM, dtype=torch.float64, requires_grad=True)

@@ -22,7 +22,7 @@ from htm.attend import attend as attend_to_chunks
 from htm.attend import attend_portably as attend_to_chunks_portably
 from memorizing.attend import attend as attend_to_pairs
 from memorizing.attend import attend_portably as attend_to_pairs_portably
-from memory_models import MemoryModule, list_models
+from memory_models import MemoryModule
 from tests.members import MEMBERS, small
 
 ROWS, SEGMENTS = 3, 6
@@ -103,7 +103,8 @@ def check_export(name: str, options: dict[str, Any], *, strict: bool = False) ->
     assert operators(program) == {"aten"}
 
 
-@pytest.mark.parametrize("name", list_models(tag="family"))
+# Each option of every member in the slow tests; the rings of one and the slots of another here.
+@pytest.mark.parametrize("name", ["memorizing", "memxl"])
 def test_an_exported_member_gives_the_same_and_needs_nothing_of_ours(name: str) -> None:
     check_export(name, {"depth": 1})
 
@@ -177,6 +178,7 @@ def check_onnx(name: str, options: dict[str, Any]) -> None:
             check_segments(flat, graph, rows=rows, tolerance=2e-5)
 
 
+@pytest.mark.slow
 def test_onnxruntime_gives_the_same() -> None:
     check_onnx("memformer", {"depth": 1})
 

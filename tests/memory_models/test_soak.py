@@ -114,9 +114,9 @@ def check_old_memory(module: MemoryModule[Any], memory: Any, young: Tensor) -> N
 
 
 @pytest.mark.parametrize("name", list_models(tag="family"))
-def test_a_hundred_segments(name: str) -> None:
+def test_forty_segments(name: str) -> None:
     with torch.no_grad():
-        soak(tiny(name, TINY[name]), 100)
+        soak(tiny(name, TINY[name]), 40)
 
 
 @pytest.mark.slow

@@ -273,6 +273,7 @@ def test_swapping_layers_changes_the_write() -> None:
     assert_close(model.writer(slots, hiddens.flip(2), None), written)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break() -> None:
     model = build()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
