@@ -111,12 +111,15 @@ def age_map(comparison: Comparison) -> Canvas | None:
     labels = list(next(iter(ages.values())))
     shares = [[math.nan if f is None else f.mean for f in line.values()] for line in ages.values()]
     texts = [[f"{value:.2f}" if math.isfinite(value) else "" for value in line] for line in shares]
-    canvas = Canvas(figsize=(3.2 + 0.8 * len(labels), 1.5 + 0.42 * len(ages)), dpi=130, layout="constrained")
+    # Wide enough for the title, which belongs to the picture: few columns are narrower than it is.
+    width = max(5.8, 3.2 + 0.8 * len(labels))
+    canvas = Canvas(figsize=(width, 1.7 + 0.42 * len(ages)), dpi=130, layout="constrained")
     axes = canvas.add_subplot()
     draw_cells(axes, shares, texts, list(ages))
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlabel("segments back")
-    axes.set_title(f"{comparison.task}: how old is what is read, shares of weight", fontsize=11)
+    said = f"{comparison.task}: how old is what is read, shares of weight"
+    canvas.suptitle(said, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return canvas
 
 

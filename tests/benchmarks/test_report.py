@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from benchmarks import document, drawing, plots
 from benchmarks.formatting import count, number, size
@@ -393,6 +396,33 @@ def test_the_age_of_what_is_read_is_a_table_and_a_picture_up_to_the_oldest(tmp_p
     canvas = plots.age_map(comparison)
     assert canvas is not None
     assert [t.get_text() for t in canvas.axes[0].texts] == ["0.25", "0.75", "0.00", "0.50", "0.25", "0.25"]
+
+
+def test_no_title_of_a_picture_leaves_it(folder: Path, tmp_path: Path) -> None:
+    # Two columns are narrower than a title.
+    results = Results(tmp_path)
+    results.append(record("htm", 0, scores(0.9), weight_by_age={"htm/layer 1": {"1": 0.75, "2": 0.25}}))
+    comparison, few = load(folder), load(tmp_path)
+    [(name, metrics), *_] = comparison.series().items()
+    with mpl.rc_context(drawing.STYLE):
+        pictures = {
+            "by age": plots.age_map(few),
+            "by distance": plots.by_distance(comparison, name, metrics),
+            "map": plots.heat_map(comparison, name, metrics),
+            "learning": plots.learning_curves(comparison),
+            "state": plots.quality_by_state(comparison),
+            "time": plots.quality_by_time(comparison),
+        }
+        for kind, picture in pictures.items():
+            assert picture is not None, kind
+            FigureCanvasAgg(picture).draw()
+            # Larger than the rest are titles alone. Ticks beyond the limits have a place but are not drawn.
+            titles = [t for t in picture.findobj(Text) if t.get_text() and t.get_fontsize() >= 11]
+            assert titles, kind
+            for text in titles:
+                box = text.get_window_extent()
+                assert -1 <= box.x0 < box.x1 <= picture.bbox.x1 + 1, (kind, text.get_text())
+                assert -1 <= box.y0 < box.y1 <= picture.bbox.y1 + 1, (kind, text.get_text())
 
 
 def test_the_map_has_a_cell_for_each_model_and_point(folder: Path) -> None:
