@@ -236,11 +236,19 @@ def _put(document: Path, name: str, heading: str, words: str) -> None:
 
 
 def main_tables(report: str) -> str:
-    """What a report in Markdown says before its sections, and its section on longer sequences."""
+    """What a report in Markdown says before its sections, and the sections that belong to its tables.
+
+    Without pictures, whose files lie beside the report and not beside the document.
+    """
     first, *sections = re.split(r"^## ", report, flags=re.MULTILINE)
-    body = first.partition("\n")[2].strip()
-    longer = [section for section in sections if section.startswith("Longer than trained")]
-    return "\n\n".join([body, *(f"### {section.strip()}" for section in longer)])
+    found = [first.partition("\n")[2]]
+    # A level deeper, for the document has a section for the part itself.
+    found += ["### " + re.sub(r"^###", "####", one, flags=re.MULTILINE) for one in sections if _is_shown(one)]
+    return "\n\n".join(re.sub(r"^!\[.*$", "", one, flags=re.MULTILINE).strip() for one in found)
+
+
+def _is_shown(section: str) -> bool:
+    return section.startswith(("Longer than trained", "Training and decoding"))
 
 
 def _ids(part: Part, results: Results) -> set[str] | None:

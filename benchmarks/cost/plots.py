@@ -117,7 +117,7 @@ def _logarithmic(axes: Any, places: Sequence[int]) -> None:
     axes.set_yscale("log")
     axes.set_xticks(places, [f"{place:,}" for place in places])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 

@@ -49,8 +49,11 @@ class Quantity:
         return value / record["case"]["length"]
 
 
-def _milliseconds(figure: Figure | None) -> str:
-    return "–" if figure is None else f"{figure.mean * 1000:.3g} ms"
+def _duration(figure: Figure | None) -> str:
+    if figure is None:
+        return "–"
+    # What rounds to a second is one.
+    return f"{figure.mean:.3g} s" if figure.mean >= 0.9995 else f"{figure.mean * 1000:.3g} ms"
 
 
 def _bytes_per_token(figure: Figure | None) -> str:
@@ -60,9 +63,7 @@ def _bytes_per_token(figure: Figure | None) -> str:
 
 TRAINING = (
     Quantity("training tokens/s", "of a step with gradients", ("training", "tokens_per_second"), count),
-    Quantity(
-        "step", "seconds of a step over the whole length", ("training", "seconds"), _milliseconds, "time"
-    ),
+    Quantity("step", "seconds of a step over the whole length", ("training", "seconds"), _duration, "time"),
     Quantity(
         "peak memory", "above the model itself, during a step", ("training", "peak_bytes"), size, "memory"
     ),
@@ -79,7 +80,7 @@ TRAINING = (
 )
 DECODING = (
     Quantity("decoding tokens/s", "after so many tokens", ("decoding", "tokens_per_second"), count),
-    Quantity("token", "for one more token after so many", ("decoding", "seconds"), _milliseconds, "time"),
+    Quantity("token", "for one more token after so many", ("decoding", "seconds"), _duration, "time"),
     Quantity("state per row", "carried from segment to segment", ("state_bytes",), size, "state"),
     Quantity(
         "state per token",

@@ -194,8 +194,8 @@ def test_the_table_has_a_line_for_each_model_and_the_exponent() -> None:
     step = next(quantity for quantity in TRAINING if quantity.name == "step")
     assert table(records, step) == [
         ["model", "parameters", "100", "200", "exponent"],
-        ["window", "1.0 k", "1e+03 ms", "2e+03 ms", "1.00"],
-        ["full", "1.0 k", "–", "4e+03 ms", "–"],
+        ["window", "1.0 k", "1 s", "2 s", "1.00"],
+        ["full", "1.0 k", "–", "4 s", "–"],
     ]
     lines = list(csv.reader(io.StringIO(as_csv(records))))
     assert len(lines) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ import pytest
 
 from benchmarks import study
 from benchmarks.cli import main
+from benchmarks.cost.report import write_report as write_cost_report
 from benchmarks.results import Results, write_json
 from benchmarks.study import Part, parts, run_study
+from tests.benchmarks.test_cost import record as cost_record
 from tests.benchmarks.test_report import record, scores
 
 
@@ -82,6 +85,25 @@ def test_a_part_is_published_and_its_tables_stand_between_their_markers(tmp_path
     assert "| first |" not in again
     assert again.endswith("\nWhat it means.\n")
     assert again.count("## First") == 1
+
+
+def test_the_tables_of_a_real_report_of_costs_are_all_published(tmp_path: Path) -> None:
+    write_cost_report(
+        [cost_record("window", 64, 0.5), cost_record("window", 128, 1.0)],
+        tmp_path,
+        command="memory-bench cost",
+    )
+    part = Part(name="cost", title="What it costs", command=("cost",), folder=tmp_path)
+    study.write_tables(part, tmp_path, tmp_path / "RESULTS.md")
+    text = (tmp_path / "RESULTS.md").read_text()
+    # Of the report all tables, each a level below the part's own heading, and nothing else.
+    wanted = re.findall(r"^### (.*)$", (tmp_path / "table.md").read_text(), flags=re.MULTILINE)
+    assert {"Training tokens/s", "Decoding tokens/s", "Peak memory", "State per row"} <= {*wanted}
+    assert re.findall(r"^#### (.*)$", text, flags=re.MULTILINE) == wanted
+    assert text.count("| window |") == len(wanted)
+    assert "To do it again" not in text
+    assert "![" in (tmp_path / "table.md").read_text()
+    assert "![" not in text
 
 
 def test_two_studies_write_into_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
