@@ -144,12 +144,13 @@ def document(comparison: Comparison, pictures: Sequence[Path] = ()) -> list[Bloc
         blocks += [Heading(name), Table(table(comparison, metrics=metrics, costs=False))]
     blocks += longer_section(comparison)
     blocks += terms_section(comparison)
+    # Ahead of the long tables for those who ask why.
+    if pictures:
+        blocks += [Heading("Pictures"), *(Picture(path, path.stem.replace("_", " ")) for path in pictures)]
     if comparison.facts:
         blocks += [Heading("Is the memory used?"), *_memory_section(comparison)]
         blocks += _diagnostics_section(comparison)
     blocks += failure_section(comparison)
-    if pictures:
-        blocks += [Heading("Pictures"), *(Picture(path, path.stem.replace("_", " ")) for path in pictures)]
     lines = [comparison.command] if comparison.command else []
     lines += [record["command"] for row in comparison.rows for record in row.records]
     return [*blocks, Heading("To do it again"), Code("\n".join(lines))]

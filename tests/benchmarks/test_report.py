@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -396,6 +397,14 @@ def test_the_age_of_what_is_read_is_a_table_and_a_picture_up_to_the_oldest(tmp_p
     canvas = plots.age_map(comparison)
     assert canvas is not None
     assert [t.get_text() for t in canvas.axes[0].texts] == ["0.25", "0.75", "0.00", "0.50", "0.25", "0.25"]
+
+
+def test_the_pictures_come_before_the_long_tables(folder: Path, tmp_path: Path) -> None:
+    write_report(load(folder), tmp_path)
+    headings = re.findall(r"^## (.*)$", (tmp_path / "table.md").read_text(), flags=re.MULTILINE)
+    assert (
+        headings.index("Pictures") < headings.index("Is the memory used?") < headings.index("To do it again")
+    )
 
 
 def test_no_title_of_a_picture_leaves_it(folder: Path, tmp_path: Path) -> None:
