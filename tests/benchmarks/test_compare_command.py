@@ -15,7 +15,7 @@ from benchmarks.cli import main
 from benchmarks.match import TOLERANCE, count_parameters
 from benchmarks.results import Results, read_json
 from benchmarks.settings import RunSpec, cached_task
-from tests.benchmarks.test_report import record, scores
+from tests.benchmarks.made_up import record, scores
 from tests.benchmarks.tiny import TINY
 
 # Made equal they still differ.

@@ -28,7 +28,7 @@ from benchmarks.report import write_report
 from benchmarks.results import Results
 from benchmarks.summary import load
 from tests.benchmarks.browser import BROWSER, look_at
-from tests.benchmarks.test_report import record, scores
+from tests.benchmarks.made_up import record, scores
 
 
 def png(width: int, height: int, colour: tuple[int, int, int]) -> bytes:

@@ -16,7 +16,7 @@ from benchmarks.report import markdown
 from benchmarks.results import FAILED, Results, write_json
 from benchmarks.settings import cached_task, plan
 from benchmarks.summary import BOOTSTRAP, Figure, bootstrap_interval, load
-from tests.benchmarks.test_report import FACTS, metric, record, scores
+from tests.benchmarks.made_up import FACTS, metric, record, scores
 
 
 @pytest.mark.parametrize("task", ["needle", "selective-copy", "rewrite", "recall", "copy", "reverse"])

@@ -27,7 +27,7 @@ from benchmarks.progress import LineDisplay
 from benchmarks.results import FAILED, FINISHED, Results
 from benchmarks.settings import plan
 from benchmarks.worker import EXIT_STOPPED
-from tests.benchmarks.test_report import record, scores
+from tests.benchmarks.made_up import record, scores
 from tests.benchmarks.tiny import STREAM, TINY
 
 

@@ -12,7 +12,7 @@ from benchmarks.document import Table, as_markdown
 from benchmarks.overview import Overview, document, draw, gather
 from benchmarks.results import DIVERGED, Results
 from benchmarks.study import write_overview
-from tests.benchmarks.test_report import FACTS, failure, record, scores
+from tests.benchmarks.made_up import FACTS, failure, record, scores
 
 BITS = {
     "headline": "bits",

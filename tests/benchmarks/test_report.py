@@ -1,23 +1,17 @@
-"""Tables and plots from results, made up so that the right cells are known."""
+"""Tables from results, made up so that the right cells are known."""
 
 from __future__ import annotations
 
 import csv
 import io
-import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.text import Text
 
-from benchmarks import document, drawing, plots
+from benchmarks import document, plots
 from benchmarks.formatting import count, number, size
 from benchmarks.report import (
     as_csv,
@@ -26,83 +20,14 @@ from benchmarks.report import (
     table,
     write_report,
 )
-from benchmarks.results import DIVERGED, FAILED, FINISHED, Results, write_json
-from benchmarks.summary import Comparison, Figure, NothingToReportError, load
-
-GAPS = ("gap 0", "gap 1", "gap 2")
-
-
-def metric(name: str, series: str | None = None) -> dict[str, Any]:
-    return {"name": name, "higher_is_better": True, "unit": "accuracy", "series": series}
-
-
-FACTS = {
-    "summary": "a made-up task",
-    "headline": "mean accuracy",
-    "metrics": [
-        *(metric(f"speed/{place}", "speed") for place in ("slow", "fast")),
-        *(metric(f"mean accuracy/{gap}", "accuracy") for gap in GAPS),
-        metric("worst accuracy"),
-        metric("mean accuracy"),
-    ],
-    "floor": {f"mean accuracy/{gap}": value for gap, value in zip(GAPS, (1.0, 0.25, 0.25), strict=True)},
-    "floor_is": "best without memory (exact)",
-    "chance": {"mean accuracy": 0.25, "mean accuracy/gap 0": None},
-    "facts": {"letters": 26},
-}
-
-
-def record(model: str, seed: int, scores: dict[str, float], **changes: Any) -> dict[str, Any]:
-    return {
-        "id": f"{model}-{seed}",
-        "model": model,
-        "task": "made-up",
-        "seed": seed,
-        "tags": ["control"] if model == "window" else ["family"],
-        "status": FINISHED,
-        "command": f"memory-bench run --model {model} --task made-up --seed {seed}",
-        "settings": {"train": {"steps": 10, "batch_size": 2, "threads": 1}},
-        "versions": {"cpu": "abacus", "torch": "2", "python": "3", "memory-models": "0"},
-        "task_facts": FACTS,
-        "parameters": 89_123,
-        "state_bytes": 0 if model == "window" else 8400.0,
-        "peak_bytes": 3 * 2**28,
-        "tokens_per_second": 25_000.0,
-        "seconds": {"training": 60.0, "evaluation": 5.0, "cpu": 64.0},
-        "loss": 0.1,
-        "curve": [{"step": 5, "loss": 2.0}, {"step": 10, "loss": 1.0 / (seed + 1), "score": 0.5}],
-        "scores": scores,
-        "memory_use": {
-            "drop": {"none": 0.7, "shuffled": 0.6, "frozen": 0.5},
-            "scores": {mode: {"mean accuracy": 0.3} for mode in ("carried", "none", "shuffled", "frozen")},
-        },
-        **changes,
-    }
-
-
-def scores(value: float) -> dict[str, float]:
-    return {entry["name"]: value for entry in FACTS["metrics"]}  # type: ignore[index]
-
-
-def failure(model: str, seed: int, status: str) -> dict[str, Any]:
-    entry = record(model, seed, {})
-    kept = {name: entry[name] for name in ("id", "model", "task", "seed", "tags", "command", "settings")}
-    return {**kept, "status": status, "error": "the loss is nan at step 3 of 10"}
+from benchmarks.results import DIVERGED, Results
+from benchmarks.summary import Figure, NothingToReportError, load
+from tests.benchmarks.made_up import GAPS, comparison_with_failures, failure, record, scores
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    results = Results(tmp_path / "results")
-    results.append(record("window", 0, scores(0.2)))
-    for seed, value in enumerate((0.9, 0.95, 1.0)):
-        if seed == 1:
-            results.append(failure("htm", 1, FAILED))
-        results.append(record("htm", seed, scores(value)))
-    results.append(failure("memxl", 0, DIVERGED))
-    ids = ["window-0", "htm-0", "htm-1", "htm-2", "memxl-0", "gru-0"]
-    runs = [{"id": i, "model": i[:-2], "seed": int(i[-1])} for i in ids]
-    write_json(results.comparison, {"task": "made-up", "command": "memory-bench compare", "runs": runs})
-    return results.folder
+    return comparison_with_failures(tmp_path)
 
 
 def cells(folder: Path) -> dict[str, dict[str, str]]:
@@ -277,92 +202,6 @@ def test_a_comparison_in_which_all_failed_still_has_a_table(tmp_path: Path) -> N
     assert "htm (diverged)" in (tmp_path / "table.md").read_text()
 
 
-def test_the_report_draws_every_picture(folder: Path, tmp_path: Path) -> None:
-    paths = write_report(load(folder), tmp_path / "report")
-    names = [path.name for path in paths]
-    assert names == [
-        "table.md",
-        "index.html",
-        "table.csv",
-        "accuracy.png",
-        "accuracy_map.png",
-        "speed.png",
-        "speed_map.png",
-        "learning_curves.png",
-        "quality_by_state.png",
-        "quality_by_time.png",
-    ]
-    for path in paths[3:]:
-        assert path.read_bytes().startswith(b"\x89PNG")
-        assert f"]({path.name})" in paths[0].read_text()
-
-
-def test_quality_stands_against_the_time_of_training_where_it_was_told_apart(tmp_path: Path) -> None:
-    labels = []
-    for name, seconds in (("old", {"cpu": 64.0}), ("new", {"cpu": 64.0, "training cpu": 48.0})):
-        results = Results(tmp_path / name)
-        results.append(record("htm", 0, scores(0.5), seconds=seconds))
-        canvas = plots.quality_by_time(load(results.folder))
-        assert canvas is not None
-        (axes,) = canvas.axes
-        (point,) = [
-            line.get_xdata() for line in axes.lines if line.get_marker() not in ("", "None", "|", "_")
-        ]
-        labels.append((axes.get_xlabel(), point[0]))
-    assert labels == [("processor time of a run", 64.0), ("processor time of training", 48.0)]
-
-
-def points(axes: Any) -> list[tuple[float, float]]:
-    """Where the markers are that stand alone, one for each model."""
-    alone = [line for line in axes.lines if line.get_marker() not in ("", "None", "|", "_")]
-    return sorted((line.get_xdata()[0], line.get_ydata()[0]) for line in alone)
-
-
-def bands(axes: Any) -> list[dict[float, tuple[float, float]]]:
-    """Of each band the lower and the upper end by place."""
-    found = []
-    for band in axes.collections:
-        corners = [tuple(corner) for path in band.get_paths() for corner in path.vertices]
-        ends = {x: [y for place, y in corners if place == x] for x in sorted({x for x, _ in corners})}
-        found.append({x: (min(values), max(values)) for x, values in ends.items()})
-    return found
-
-
-def test_quality_stands_against_the_state(folder: Path) -> None:
-    canvas = plots.quality_by_state(load(folder))
-    assert canvas is not None
-    (axes,) = canvas.axes
-    # Two powers of two below the least that is carried, 8400 bytes, is the place of nothing.
-    assert points(axes) == [(2048.0, 0.2), (8400.0, pytest.approx(0.95))]
-    assert axes.get_xticklabels()[0].get_text() == "none"
-
-
-def test_learning_curves_are_means_with_their_interval_as_a_band(folder: Path) -> None:
-    canvas = plots.learning_curves(load(folder))
-    assert canvas is not None
-    losses, _ = canvas.axes
-    final = [1.0, 1 / 2, 1 / 3]
-    mean, half = statistics.mean(final), 4.303 * statistics.stdev(final) / math.sqrt(3)
-    window, htm = [[*zip(line.get_xdata(), line.get_ydata(), strict=True)] for line in losses.lines]
-    assert window == [(5, 2.0), (10, 1.0)]
-    assert htm == [(5, 2.0), (10, pytest.approx(mean))]
-    # One seed of the window has no interval.
-    [band] = bands(losses)
-    assert band == {5: (2.0, 2.0), 10: pytest.approx((mean - half, mean + half), rel=1e-3)}
-
-
-def test_curves_have_their_interval_as_a_band(folder: Path) -> None:
-    comparison = load(folder)
-    name = "accuracy"
-    canvas = plots.by_distance(comparison, name, comparison.series()[name])
-    assert canvas is not None
-    (axes,) = canvas.axes
-    half = 4.303 * statistics.stdev([0.9, 0.95, 1.0]) / math.sqrt(3)
-    [band] = bands(axes)
-    assert len(band) == len(GAPS)
-    assert all(ends == pytest.approx((0.95 - half, 0.95 + half), rel=1e-3) for ends in band.values())
-
-
 def test_a_suspicious_memory_is_warned_of_and_diagnostics_are_shown(tmp_path: Path) -> None:
     results = Results(tmp_path)
     unused = {
@@ -407,101 +246,9 @@ def test_the_pictures_come_before_the_long_tables(folder: Path, tmp_path: Path) 
     )
 
 
-def test_no_title_of_a_picture_leaves_it(folder: Path, tmp_path: Path) -> None:
-    # Two columns are narrower than a title.
-    results = Results(tmp_path)
-    results.append(record("htm", 0, scores(0.9), weight_by_age={"htm/layer 1": {"1": 0.75, "2": 0.25}}))
-    comparison, few = load(folder), load(tmp_path)
-    [(name, metrics), *_] = comparison.series().items()
-    with mpl.rc_context(drawing.STYLE):
-        pictures = {
-            "by age": plots.age_map(few),
-            "by distance": plots.by_distance(comparison, name, metrics),
-            "map": plots.heat_map(comparison, name, metrics),
-            "learning": plots.learning_curves(comparison),
-            "state": plots.quality_by_state(comparison),
-            "time": plots.quality_by_time(comparison),
-        }
-        for kind, picture in pictures.items():
-            assert picture is not None, kind
-            FigureCanvasAgg(picture).draw()
-            # Larger than the rest are titles alone. Ticks beyond the limits have a place but are not drawn.
-            titles = [t for t in picture.findobj(Text) if t.get_text() and t.get_fontsize() >= 11]
-            assert titles, kind
-            for text in titles:
-                box = text.get_window_extent()
-                assert -1 <= box.x0 < box.x1 <= picture.bbox.x1 + 1, (kind, text.get_text())
-                assert -1 <= box.y0 < box.y1 <= picture.bbox.y1 + 1, (kind, text.get_text())
-
-
-def test_the_map_has_a_cell_for_each_model_and_point(folder: Path) -> None:
-    comparison = load(folder)
-    [(name, metrics), *_] = comparison.series().items()
-    canvas = plots.heat_map(comparison, name, metrics)
-    assert canvas is not None
-    [axes] = canvas.axes
-    finished = [row for row in comparison.rows if row.finished]
-    assert axes.images[0].get_array().shape == (len(finished), len(metrics))
-    assert [label.get_text() for label in axes.get_yticklabels()] == [row.model for row in finished]
-    wanted = [row.figure("scores", metric["name"]).mean for row in finished for metric in metrics]
-    assert [text.get_text() for text in axes.texts] == [f"{value:.2f}" for value in wanted]
-    assert plots.heat_map(comparison, name, metrics[:1]) is None
-
-
-def test_a_member_keeps_its_colour(folder: Path) -> None:
-    comparison = load(folder)
-    looks = {row.model: drawing.look_of(comparison, row)["color"] for row in comparison.rows}
-    assert len(set(looks.values())) == len(looks)
-    (folder / "comparison.json").unlink()
-    again = load(folder)
-    assert looks == {row.model: drawing.look_of(again, row)["color"] for row in again.rows}
-
-
-@pytest.mark.parametrize(
-    "values", [[0.5], [1.0, 1.0, 1.0], [0.0, 0.02, 0.5, 0.98, 1.0], [1.0, 0.0, 1.0, 0.99]]
-)
-def test_labels_are_moved_apart_and_keep_their_order(values: list[float]) -> None:
-    places = drawing.apart(values, 0.06, 0.0, 1.0)
-    assert all(-1e-9 <= place <= 1 + 1e-9 for place in places)
-    order = sorted(range(len(values)), key=lambda i: places[i])
-    for below, above in itertools.pairwise(order):
-        assert places[above] - places[below] >= 0.06 - 1e-9
-        assert values[above] >= values[below]
-    if len(values) == 1:
-        assert places == values
-
-
-def test_no_name_lies_on_an_interval() -> None:
-    canvas = drawing.Canvas(figsize=(6, 4), dpi=100)
-    axes = canvas.add_subplot()
-    axes.set(xlim=(0, 10), ylim=(0, 1))
-    places = []
-    for bars in ((), [(5.0, 0.2, 0.8)]):
-        drawing.label_points(canvas, axes, [("htm", 5.0, 0.5, "black")], bars)
-        canvas.draw_without_rendering()
-        (text,) = axes.texts
-        places.append(text.get_window_extent())
-        text.remove()
-    x, bottom = axes.transData.transform((5.0, 0.2))
-    _, top = axes.transData.transform((5.0, 0.8))
-    covers = [box.x0 < x < box.x1 and box.y0 < top and box.y1 > bottom for box in places]
-    assert covers == [True, False]
-
-
 @pytest.mark.parametrize(("count", "point"), [(3, 4.303), (16, 2.131), (17, 2.120), (21, 2.086), (61, 2.000)])
 def test_students_t_is_that_of_the_tables(count: int, point: float) -> None:
     values = [float(i % 2) for i in range(count)]
     figure = Figure.of(values)
     assert figure is not None
     assert figure.half_width == pytest.approx(point * statistics.stdev(values) / math.sqrt(count), rel=1e-3)
-
-
-@pytest.mark.parametrize("picture", [plots.learning_curves, plots.quality_by_state, plots.quality_by_time])
-def test_the_legend_covers_no_panel(folder: Path, picture: Callable[[Comparison], Any]) -> None:
-    canvas = picture(load(folder))
-    canvas.draw_without_rendering()
-    assert [axes.get_legend() for axes in canvas.axes] == [None] * len(canvas.axes)
-    [legend] = canvas.legends
-    below = legend.get_window_extent()
-    assert all(not below.overlaps(axes.get_tightbbox()) for axes in canvas.axes)
-    assert [text.get_text() for text in legend.get_texts()] == ["chance"]

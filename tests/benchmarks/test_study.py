@@ -16,8 +16,8 @@ from benchmarks.cli import main
 from benchmarks.cost.report import write_report as write_cost_report
 from benchmarks.results import Results, write_json
 from benchmarks.study import Part, parts, run_study
+from tests.benchmarks.made_up import record, scores
 from tests.benchmarks.test_cost import record as cost_record
-from tests.benchmarks.test_report import record, scores
 
 
 def test_every_part_is_a_command_that_is_understood(

@@ -13,7 +13,7 @@ from benchmarks.settings import RunSpec
 from benchmarks.summary import NothingToReportError, load
 from benchmarks.terms import Terms, tune
 from benchmarks.tuning import Trial, choose, plan_trials
-from tests.benchmarks.test_report import record, scores
+from tests.benchmarks.made_up import record, scores
 from tests.benchmarks.tiny import STREAM, TINY
 
 GRID = (1e-2, 1e-3, 3e-3)
